@@ -1,0 +1,1 @@
+"""lm-eval tasks, grading, statistics and the comparison against baselines."""
