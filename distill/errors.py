@@ -1,0 +1,5 @@
+"""The one exception that means "you can fix this": its text is shown to the user alone, without a traceback."""
+
+
+class UserError(ValueError):
+    """A mistake in a recipe, an input file or a command line; the message is one sentence naming the place and the cure."""

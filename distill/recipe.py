@@ -1,0 +1,171 @@
+"""One typed recipe describes a whole run; every field has its meaning and bounds here, and nowhere else."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Kind = Literal["math", "code", "choice", "exact", "open"]
+R1_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+class Section(BaseModel):
+    # Strict: a recipe is written by hand, and "3" where a number belongs is more often a slip than a wish.
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ProblemSource(Section):
+    source: str = Field(
+        min_length=1, description="'reasoning-gym', a .jsonl or .parquet file, or a `datasets` name or folder."
+    )
+    split: str | None = Field(
+        None, description="reasoning-gym: 'train' or 'heldout' (a tenth by text hash); else the split of a `datasets` source."
+    )
+    count: int | None = Field(None, ge=1, description="Problems to take; all of a file if not given.")
+    seed: int = Field(0, ge=0, description="Seed of the generated problems, and of the choice of `count` from a larger source.")
+    families: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="reasoning-gym: task family -> its settings; problems are shared out evenly."
+    )
+    problem: str = Field("problem", min_length=1, description="Field of a source's row that holds the problem's text.")
+    answer: str | None = Field("answer", description="Field that holds the reference answer; null for problems without.")
+    kind: Kind = Field("math", description="How answers of a file source are judged.")
+    id: str | None = Field(None, description="Field that holds an identifier to keep in `meta`.")
+
+    @model_validator(mode="after")
+    def _generated_needs_settings(self) -> "ProblemSource":
+        if self.source == "reasoning-gym":
+            if not self.families:
+                raise ValueError("source 'reasoning-gym' needs at least one entry in `families`")
+            if self.count is None:
+                raise ValueError("source 'reasoning-gym' needs a `count`")
+            if self.split not in (None, "train", "heldout"):
+                raise ValueError(f"source 'reasoning-gym' has the splits 'train' and 'heldout', not {self.split!r}")
+        return self
+
+
+class Teacher(Section):
+    kind: Literal["embedded"] = Field("embedded", description="'embedded': our own engine, in this process.")
+    model: str = Field(min_length=1, description="A shipped model's name or a checkpoint folder.")
+    batch_size: int = Field(256, ge=1, le=65536, description="Samples decoded at once.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Numeric type of weights and activations.")
+
+
+class Sampling(Section):
+    samples: int = Field(ge=1, le=10000, description="Traces sampled a problem.")
+    temperature: float = Field(0.6, ge=0, le=2, description="0 is greedy; R1's published setting is 0.6.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus size; R1's published setting is 0.95.")
+    max_tokens: int = Field(32768, ge=1, description="Most tokens generated a sample; longer ones are truncated, marked and kept.")
+    instruction: str = Field(R1_INSTRUCTION, description="Appended to the problem after a newline; empty for none.")
+
+
+class CorrectnessFilter(Section):
+    """The final answer equals the reference answer."""
+
+
+class FormatFilter(Section):
+    """Exactly one <think>…</think>, a final answer, and no text leaked."""
+
+
+class LengthFilter(Section):
+    max_reasoning_tokens: int | None = Field(None, ge=1, description="Longer reasoning is rejected; null for no bound.")
+    min_reasoning_tokens: int = Field(1, ge=0, description="Shorter reasoning is rejected.")
+
+
+class RepetitionFilter(Section):
+    ngram: int = Field(16, ge=2, le=100, description="Length in words of the repeated stretch looked for.")
+    max_share: float = Field(0.2, ge=0, le=1, description="Largest share of such stretches that may be repeats.")
+
+
+class DuplicatesFilter(Section):
+    """A trace of the same problem with the same text was accepted before."""
+
+
+class Filters(Section):
+    correctness: CorrectnessFilter | None = Field(None, description="Judge the final answer; null to skip.")
+    format: FormatFilter | None = Field(None, description="Check the form of the reasoning and the answer; null to skip.")
+    length: LengthFilter | None = Field(None, description="Bound the reasoning's length; null to skip.")
+    repetition: RepetitionFilter | None = Field(None, description="Reject text that loops; null to skip.")
+    duplicates: DuplicatesFilter | None = Field(None, description="Reject exact duplicates; null to skip.")
+
+
+class Selection(Section):
+    per_problem: int = Field(1, ge=1, description="Accepted traces kept a problem.")
+    choose: Literal["shortest", "random"] = Field("shortest", description="Which accepted traces are kept.")
+    validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of problems set aside to watch the loss.")
+
+
+class Lora(Section):
+    r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Scale; the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Modules that get adapters.")
+
+
+class Student(Section):
+    name: Name = Field(description="Name of the student's folder and of its line in the report.")
+    base: str = Field(min_length=1, description="A shipped base's name, a checkpoint folder or a hub name.")
+    method: Literal["full", "lora"] = Field("full", description="Train all weights, or low-rank adapters.")
+    lora: Lora = Field(default_factory=Lora, description="Settings of method 'lora'.")
+    epochs: float = Field(2.0, gt=0, le=1000, description="Passes over the training set.")
+    max_length: int = Field(2048, ge=8, description="Longest example in tokens; longer ones are left out and counted.")
+    tokens_per_step: int = Field(16384, ge=1, description="Non-padding tokens an optimiser step, over all micro-batches.")
+    learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
+    schedule: Literal["multi_step", "cosine", "constant"] = Field(
+        "multi_step", description="multi_step: drops to 31.6% and 10% after 80% and 90% of the steps (DeepSeek LLM, §2.3)."
+    )
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's decoupled weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    packing: bool = Field(True, description="Several examples in a row, attending only to themselves.")
+    checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints from which training resumes.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 trains under autocast; weights stay float32.")
+    baselines: list[Literal["base", "answers_only"]] = Field(
+        default_factory=lambda: ["base", "answers_only"],
+        description="base: untouched; answers_only: the same problems and as many tokens, without the reasoning.",
+    )
+
+
+class Evals(Section):
+    problems: ProblemSource | None = Field(None, description="Problems of the task 'distill_problems'.")
+    tasks: list[str] = Field(default_factory=lambda: ["distill_problems"], min_length=1, description="lm-eval tasks to run.")
+    samples: int = Field(4, ge=1, le=10000, description="Samples a problem; the score is mean@k.")
+    temperature: float = Field(0.6, ge=0, le=2, description="0 is greedy; R1's published setting is 0.6.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus size; R1's published setting is 0.95.")
+    max_tokens: int = Field(32768, ge=1, description="Most tokens generated a sample.")
+    batch_size: int = Field(256, ge=1, le=65536, description="Samples decoded at once.")
+    bootstrap: int = Field(2000, ge=100, le=1000000, description="Resamples behind each confidence interval.")
+    teacher: bool = Field(True, description="Evaluate the teacher too, as the ceiling.")
+
+    @model_validator(mode="after")
+    def _problems_for_task(self) -> "Evals":
+        if "distill_problems" in self.tasks and self.problems is None:
+            raise ValueError("task 'distill_problems' needs `problems`")
+        return self
+
+
+class Report(Section):
+    traces_shown: int = Field(60, ge=0, le=100000, description="Traces in the page's reader.")
+    answers_shown: int = Field(60, ge=0, le=100000, description="Evaluation problems with answers side by side.")
+
+
+class Recipe(Section):
+    name: Name = Field(description="Name of the run; its folder is runs/NAME.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of sampling, selection and training.")
+    problems: ProblemSource = Field(description="Problems the teacher solves.")
+    teacher: Teacher = Field(description="Who writes the traces.")
+    sampling: Sampling = Field(description="How the teacher is sampled.")
+    filters: Filters = Field(default_factory=Filters, description="Which traces are accepted.")
+    selection: Selection = Field(default_factory=Selection, description="Which accepted traces are trained on.")
+    students: list[Student] = Field(min_length=1, description="Students to fine-tune, each with its baselines.")
+    evals: Evals = Field(description="What the students and baselines are measured on.")
+    report: Report = Field(default_factory=Report, description="What the page shows.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Recipe":
+        names = [student.name for student in self.students]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two students are named {name!r}; each needs its own folder")
+            if name == "teacher":
+                raise ValueError("a student cannot be named 'teacher'; the report uses that name")
+        return self

@@ -1,0 +1,1 @@
+"""Fine-tuning dense Qwen and LLaMA students on reasoning traces."""
