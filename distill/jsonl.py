@@ -1,7 +1,9 @@
 """JSON lines that survive a kill: appended durably, a torn tail cut when the file is opened again."""
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +19,8 @@ def read_jsonl(path: Path | str, *, torn_ok: bool = False) -> Iterator[tuple[int
     """Yield (line number from 1, object) for each line; blank lines are skipped.
 
     `torn_ok` passes over a last line without its newline, as a killed writer leaves it (an Appender would cut it).
-    Raises UserError naming file and line if the file is missing or a line is not a JSON object.
+    A name that ends in .gz is read through gzip. Raises UserError naming file and line if the file is missing, not
+    gzip although named so, or a line is not a JSON object.
     """
     path = Path(path)
     try:
@@ -27,10 +30,14 @@ def read_jsonl(path: Path | str, *, torn_ok: bool = False) -> Iterator[tuple[int
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected a JSONL file") from None
     with file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip() or (torn_ok and not line.endswith(b"\n")):
-                continue
-            yield number, _parse(line, f"{path}:{number}")
+        number = 0
+        try:
+            for number, line in enumerate(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, start=1):
+                if not line.strip() or (torn_ok and not line.endswith(b"\n")):
+                    continue
+                yield number, _parse(line, f"{path}:{number}")
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: not a whole gzip file after line {number} ({error})") from None
 
 
 def _parse(line: bytes, place: str) -> Row:
