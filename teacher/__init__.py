@@ -1,1 +1,34 @@
-"""An R1-style teacher: the DeepSeek-V3 architecture in plain torch, its engine and its training."""
+"""An R1-style teacher: the DeepSeek-V3 architecture, its checkpoints, its engine.
+
+    from teacher import load_model
+    model = load_model("path/to/model")          # or load_model(DeepseekV3Config(...)) for fresh weights
+    logits = model(input_ids).logits
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from teacher.config import DeepseekV3Config
+    from teacher.model import DeepseekV3
+
+__all__ = ["load_model"]
+
+
+def load_model(
+    source: str | Path | DeepseekV3Config,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+) -> DeepseekV3:
+    """Load a checkpoint folder, or build a model with fresh weights from a config (an object or a .json file).
+
+    `dtype` defaults to the dtype of the checkpoint (fp32 for fresh weights). Raises ValueError naming what is wrong
+    with the folder. torch is imported only here, so that `import teacher` costs nothing.
+    """
+    from teacher.checkpoint import load_checkpoint
+
+    return load_checkpoint(source, dtype, device)

@@ -1,0 +1,41 @@
+"""One decoder layer: latent attention, then a dense or a mixture-of-experts feed-forward, each behind an RMSNorm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from teacher.attention import MultiHeadLatentAttention
+from teacher.config import DeepseekV3Config
+from teacher.experts import MLP, MoE
+from teacher.routing import Routing
+
+
+class DecoderLayer(nn.Module):
+    """Layer `layer` of the model; the first `first_k_dense_replace` layers are dense (DeepSeek-V3 section 4.2)."""
+
+    def __init__(self, config: DeepseekV3Config, layer: int) -> None:
+        super().__init__()
+        self.self_attn = MultiHeadLatentAttention(config)
+        self.mlp: nn.Module
+        if config.is_moe_layer(layer):
+            self.mlp = MoE(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, mask_B1TT: Tensor | None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """The layer's output, the latents to cache, and the routing (None in a dense layer)."""
+        attended, latent_BTC = self.self_attn(self.input_layernorm(x_BTH), cos_BTD, sin_BTD, mask_B1TT)
+        x_BTH = x_BTH + attended
+        fed, routing = self.feed_forward(x_BTH)
+        return x_BTH + fed, latent_BTC, routing
+
+    def feed_forward(self, x_BTH: Tensor) -> tuple[Tensor, Routing | None]:
+        """The feed-forward half without its residual."""
+        normed = self.post_attention_layernorm(x_BTH)
+        if isinstance(self.mlp, MoE):
+            return self.mlp(normed)
+        return self.mlp(normed), None

@@ -1,0 +1,159 @@
+"""DeepSeek-V3 in one sitting: embedding, decoder layers, norm, head, and the MTP modules behind them.
+
+DeepSeek-V3 arXiv 2412.19437. Module names are those of the checkpoint, except that the experts of a layer are stacked.
+
+Shapes: B batch, T tokens, H hidden, V vocabulary, D = qk_rope_head_dim, C = latent_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from teacher.config import DeepseekV3Config
+from teacher.experts import Experts
+from teacher.layer import DecoderLayer
+from teacher.mtp import MTPLayer
+from teacher.rope import rotation_table
+from teacher.routing import Router, Routing
+
+
+@dataclass
+class ModelOutput:
+    """What `DeepseekV3.forward` returns."""
+
+    logits: Tensor  # (B, T, V): position i predicts token i + 1
+    hidden: Tensor  # (B, T, H) after the final norm
+    latents: list[Tensor]  # per main layer (B, T, C): what a cache stores
+    routing: list[Routing]  # one per MoE layer, in layer order, MTP layers last if they ran; rows are B * T tokens
+    mtp_logits: list[Tensor] = field(default_factory=list)  # k-th (from 1): (B, T - k, V), position i predicts i + 1 + k
+
+
+class Backbone(nn.Module):
+    """The part that checkpoints call `model.`: embedding, layers (MTP modules last), final norm."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        main, extra = config.num_hidden_layers, config.num_nextn_predict_layers
+        layers: list[nn.Module] = [DecoderLayer(config, layer) for layer in range(main)]
+        self.layers = nn.ModuleList(layers + [MTPLayer(config, layer) for layer in range(main, main + extra)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class DeepseekV3(nn.Module):
+    """A DeepSeek-V3 language model. Fresh weights are normal with `initializer_range`, as in the paper (section 4.2)."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.cos_TD: Tensor
+        self.sin_TD: Tensor
+        self.fill_rotation_table()
+        if not self.lm_head.weight.is_meta:
+            self.initialize()
+
+    def fill_rotation_table(self) -> None:
+        """Compute cos and sin of every position on the device of the weights; they are not part of a checkpoint."""
+        cos, sin = rotation_table(self.config, self.config.max_position_embeddings)
+        device = self.lm_head.weight.device
+        self.register_buffer("cos_TD", cos.to(device), persistent=False)
+        self.register_buffer("sin_TD", sin.to(device), persistent=False)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw fresh weights from torch's global generator."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, Router)):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.gate_up_proj, std=std)
+                nn.init.normal_(module.down_proj, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def main_layers(self) -> list[DecoderLayer]:
+        """The decoder layers without the MTP modules."""
+        return list(self.model.layers[: self.config.num_hidden_layers])  # type: ignore[arg-type]
+
+    @property
+    def mtp_layers(self) -> list[MTPLayer]:
+        """The MTP modules, by depth."""
+        return list(self.model.layers[self.config.num_hidden_layers :])  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        segment_ids_BT: Tensor | None = None,
+        mtp: bool = False,
+    ) -> ModelOutput:
+        """Logits for every position.
+
+        Rows may be padded on the right: later tokens never change earlier ones. Packed rows give `segment_ids_BT`
+        (any integers; a token sees earlier tokens of equal id) and positions that restart with each segment, which are
+        derived when not given. `mtp` also runs the MTP modules. Raises ValueError if T exceeds the model's context.
+        """
+        length = input_ids_BT.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input of {length} tokens is longer than max_position_embeddings ({self.config.max_position_embeddings})"
+            )
+        mask_B1TT = None
+        if segment_ids_BT is not None:
+            mask_B1TT = block_causal_mask(segment_ids_BT)
+            if position_ids_BT is None:
+                position_ids_BT = segment_positions(segment_ids_BT)
+        if position_ids_BT is None:
+            position_ids_BT = torch.arange(length, device=input_ids_BT.device).unsqueeze(0)
+        cos_BTD, sin_BTD = self.cos_TD[position_ids_BT], self.sin_TD[position_ids_BT]
+
+        embedded_BTH = self.model.embed_tokens(input_ids_BT)
+        x_BTH = embedded_BTH
+        latents, routing = [], []
+        for layer in self.main_layers:
+            x_BTH, latent_BTC, chosen = layer(x_BTH, cos_BTD, sin_BTD, mask_B1TT)
+            latents.append(latent_BTC)
+            if chosen is not None:
+                routing.append(chosen)
+        hidden_BTH = self.model.norm(x_BTH)
+        output = ModelOutput(self.lm_head(hidden_BTH), hidden_BTH, latents, routing)
+        if mtp:
+            previous = hidden_BTH
+            for depth, module in enumerate(self.mtp_layers, start=1):
+                kept = length - depth
+                mask = None if mask_B1TT is None else mask_B1TT[..., :kept, :kept]
+                previous, _, chosen = module.predict(
+                    previous[:, :kept], embedded_BTH[:, depth:], cos_BTD[:, :kept], sin_BTD[:, :kept], mask
+                )
+                output.mtp_logits.append(self.lm_head(module.shared_head.norm(previous)))
+                if chosen is not None:
+                    routing.append(chosen)
+        return output
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and safetensors that transformers and vLLM load; `dtype` converts the matrices."""
+        from teacher.checkpoint import save_checkpoint
+
+        save_checkpoint(self, folder, dtype)
+
+
+def block_causal_mask(segment_ids_BT: Tensor) -> Tensor:
+    """True where query (row) may see key (column): same segment, not later. Shape (B, 1, T, T)."""
+    same = segment_ids_BT.unsqueeze(-1) == segment_ids_BT.unsqueeze(-2)
+    return same.tril().unsqueeze(1)
+
+
+def segment_positions(segment_ids_BT: Tensor) -> Tensor:
+    """Positions counted from each segment's first token; segments are runs of equal ids."""
+    index = torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device).expand_as(segment_ids_BT)
+    starts = torch.ones_like(segment_ids_BT, dtype=torch.bool)
+    starts[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values

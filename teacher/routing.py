@@ -1,0 +1,65 @@
+"""Which experts see a token: sigmoid gating, group-limited top-k, and a selection bias that gets no gradient.
+
+DeepSeek-V3 sections 2.1.2 (eq. 12-16) and 2.1.3; loss-free balance: arXiv 2408.15664.
+
+Shapes: N tokens, E routed experts, G groups, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teacher.config import DeepseekV3Config
+
+
+class Routing(NamedTuple):
+    """One MoE layer's decision for N tokens."""
+
+    indices_NK: Tensor  # chosen experts, int64
+    weights_NK: Tensor  # their weights, fp32, with gradient
+    scores_NE: Tensor  # sigmoid affinities of all experts, fp32, with gradient (for the sequence-wise loss)
+
+
+class Router(nn.Module):
+    """The gate of one MoE layer. Scores are computed in fp32 whatever the model's dtype, as DeepSeek does."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        # A buffer, not a parameter: balance moves it by the sign of the load error, never by the gradient.
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.e_score_correction_bias: Tensor
+
+    def forward(self, x_NH: Tensor) -> Routing:
+        """Choose experts for each row of `x_NH`; weights sum to `routed_scaling_factor` if `norm_topk_prob`."""
+        config = self.config
+        with torch.autocast(x_NH.device.type, enabled=False):
+            scores_NE = F.linear(x_NH.float(), self.weight.float()).sigmoid()
+            with torch.no_grad():
+                biased_NE = scores_NE + self.e_score_correction_bias
+                indices_NK = choose_experts(biased_NE, config.n_group, config.topk_group, config.num_experts_per_tok)
+            weights_NK = scores_NE.gather(1, indices_NK)
+            if config.norm_topk_prob:
+                weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+            return Routing(indices_NK, weights_NK * config.routed_scaling_factor, scores_NE)
+
+
+def choose_experts(biased_NE: Tensor, n_group: int, topk_group: int, top_k: int) -> Tensor:
+    """The `top_k` best experts (int64, (N, K)) among the `topk_group` groups whose two best experts sum highest.
+
+    Experts of the other groups are masked with -inf, as in DeepSeek's inference/model.py. Masking with 0, as
+    transformers before 5 did, lets an unselected expert win whenever the biased scores of the selected groups are
+    negative, which a correction bias below -1 (or a small score with a small negative bias) makes happen.
+    """
+    if topk_group < n_group:
+        grouped_NGE = biased_NE.unflatten(-1, (n_group, -1))
+        group_scores_NG = grouped_NGE.topk(2, dim=-1).values.sum(-1)
+        kept_NG = group_scores_NG.topk(topk_group, dim=-1, sorted=False).indices
+        dropped_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter_(1, kept_NG, False)
+        biased_NE = grouped_NGE.masked_fill(dropped_NG.unsqueeze(-1), float("-inf")).flatten(1)
+    return biased_NE.topk(top_k, dim=-1, sorted=False).indices
