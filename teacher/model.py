@@ -25,10 +25,11 @@ from teacher.routing import Router, Routing
 class ModelOutput:
     """What `DeepseekV3.forward` returns."""
 
-    logits: Tensor  # (B, T, V): position i predicts token i + 1
+    logits: Tensor  # (B, T, V): position i predicts token i + 1; (B, T, 0) if not asked for
     hidden: Tensor  # (B, T, H) after the final norm
     latents: list[Tensor]  # per main layer (B, T, C): what a cache stores
     routing: list[Routing]  # one per MoE layer, in layer order, MTP layers last if they ran; rows are B * T tokens
+    mtp_hidden: list[Tensor] = field(default_factory=list)  # k-th (from 1): (B, T - k, H) after its head's norm
     mtp_logits: list[Tensor] = field(default_factory=list)  # k-th (from 1): (B, T - k, V), position i predicts i + 1 + k
 
 
@@ -94,8 +95,9 @@ class DeepseekV3(nn.Module):
         position_ids_BT: Tensor | None = None,
         segment_ids_BT: Tensor | None = None,
         mtp: bool = False,
+        logits: bool = True,
     ) -> ModelOutput:
-        """Logits for every position.
+        """Logits for every position; without `logits`, the hidden states that they are made of (training needs few).
 
         Rows may be padded on the right: later tokens never change earlier ones. Packed rows give `segment_ids_BT`
         (any integers; a token sees earlier tokens of equal id) and positions that restart with each segment, which are
@@ -124,7 +126,8 @@ class DeepseekV3(nn.Module):
             if chosen is not None:
                 routing.append(chosen)
         hidden_BTH = self.model.norm(x_BTH)
-        output = ModelOutput(self.lm_head(hidden_BTH), hidden_BTH, latents, routing)
+        logits_BTV = self.lm_head(hidden_BTH) if logits else hidden_BTH[..., :0]
+        output = ModelOutput(logits_BTV, hidden_BTH, latents, routing)
         if mtp:
             previous = hidden_BTH
             for depth, module in enumerate(self.mtp_layers, start=1):
@@ -133,7 +136,9 @@ class DeepseekV3(nn.Module):
                 previous, _, chosen = module.predict(
                     previous[:, :kept], embedded_BTH[:, depth:], cos_BTD[:, :kept], sin_BTD[:, :kept], mask
                 )
-                output.mtp_logits.append(self.lm_head(module.shared_head.norm(previous)))
+                output.mtp_hidden.append(module.shared_head.norm(previous))
+                if logits:
+                    output.mtp_logits.append(self.lm_head(output.mtp_hidden[-1]))
                 if chosen is not None:
                     routing.append(chosen)
         return output
