@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, an input file or a command line; the message is one sentence naming the place and the cure."""
+    """A mistake in a recipe, an input file or a command line; the message names the place and the cure."""

@@ -1,4 +1,4 @@
-"""Whole files: written so that a kill leaves the old one or the new one, and hashed so that a stage knows its inputs."""
+"""Whole files: written so that a kill leaves the old or the new one, and hashed so that a stage knows its inputs."""
 
 import hashlib
 import json
@@ -11,7 +11,8 @@ from typing import Any
 def write_atomic(path: Path, chunks: bytes | Iterable[bytes]) -> None:
     """Write `chunks` to `path` through a temporary file in the same folder, fsync and os.replace.
 
-    Raises OSError (with the path in `filename`) if the device is full or the folder cannot be written; `path` is then untouched.
+    Raises OSError (with the path in `filename`) if the device is full or the folder cannot be written; `path` is then
+    untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -64,7 +65,5 @@ def sha256_tree(path: Path) -> str | None:
         return sha256_file(path)
     if not path.is_dir():
         return None
-    files = sorted(
-        p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    )
-    return sha256_json([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    return sha256_json([[name, sha256_file(path / name)] for name in names if "/." not in f"/{name}"])

@@ -24,7 +24,7 @@ def read_jsonl(path: Path | str, *, torn_ok: bool = False) -> Iterator[tuple[int
     """
     path = Path(path)
     try:
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115 (the `with` is below: this try is about opening only)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -45,16 +45,17 @@ def _parse(line: bytes, place: str) -> Row:
         row = json.loads(line)
     except UnicodeDecodeError:
         raise UserError(f"{place}: the line is not UTF-8 text") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise UserError(f"{place}: the line is not valid JSON ({reason})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: the line is not valid JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{place}: the line is not valid JSON (nested too deeply)") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected a JSON object, found {type(row).__name__}")
     return row
 
 
 def encode_row(row: Row) -> bytes:
-    """One line with its newline; text stays readable UTF-8 unless it holds lone surrogates, which only escapes can carry."""
+    """One line with its newline: readable UTF-8, but for lone surrogates, which only escapes can carry."""
     try:
         return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except UnicodeEncodeError:
@@ -116,7 +117,9 @@ class Appender:
     def __enter__(self) -> "Appender":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _cut_torn_tail(self) -> int:
@@ -125,7 +128,7 @@ class Appender:
         while end > 0:
             start = self._line_start(end)
             line = os.pread(self._handle, end - start, start)
-            # A newline alone is no proof: after a power cut the tail may be blocks of zeros ending in a later block's text.
+            # A newline alone is no proof: after a power cut the tail may hold blocks of zeros.
             if line.endswith(b"\n") and _is_row(line):
                 break
             self.torn += 1

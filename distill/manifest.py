@@ -68,7 +68,7 @@ def installed_version(package: str) -> str | None:
 
 
 def git_commit(root: Path) -> str | None:
-    """Commit of the checkout that `root` is, with '-dirty' if tracked files differ; None when installed from a wheel."""
+    """Commit of the checkout at `root`, with '-dirty' if tracked files differ; None when installed from a wheel."""
     if not (root / ".git").exists():
         return None
     try:

@@ -35,7 +35,9 @@ class Progress:
             self._print_line()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -66,7 +68,10 @@ class Progress:
         if self.total is not None:
             left = max(self.total - self.done, 0)
             parts.append(f"ETA {clock(left / rate)}" if rate > 0 else "ETA -:--")
-        parts += [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self._fields.items()]
+        parts += [
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in self._fields.items()
+        ]
         return "  ".join(parts)
 
     def _print_line(self) -> None:

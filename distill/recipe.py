@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Baseline = Literal["base", "answers_only"]
 Kind = Literal["math", "code", "choice", "exact", "open"]
 R1_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -19,15 +20,20 @@ class ProblemSource(Section):
         min_length=1, description="'reasoning-gym', a .jsonl or .parquet file, or a `datasets` name or folder."
     )
     split: str | None = Field(
-        None, description="reasoning-gym: 'train' or 'heldout' (a tenth by text hash); else the split of a `datasets` source."
+        None,
+        description="reasoning-gym: 'train' or 'heldout' (a tenth by text hash); else a `datasets` split.",
     )
     count: int | None = Field(None, ge=1, description="Problems to take; all of a file if not given.")
-    seed: int = Field(0, ge=0, description="Seed of the generated problems, and of the choice of `count` from a larger source.")
+    seed: int = Field(
+        0, ge=0, description="Seed of the generated problems, and of the choice of `count` from a larger source."
+    )
     families: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="reasoning-gym: task family -> its settings; problems are shared out evenly."
     )
     problem: str = Field("problem", min_length=1, description="Field of a source's row that holds the problem's text.")
-    answer: str | None = Field("answer", description="Field that holds the reference answer; null for problems without.")
+    answer: str | None = Field(
+        "answer", description="Field that holds the reference answer; null for problems without."
+    )
     kind: Kind = Field("math", description="How answers of a file source are judged.")
     id: str | None = Field(None, description="Field that holds an identifier to keep in `meta`.")
 
@@ -54,7 +60,9 @@ class Sampling(Section):
     samples: int = Field(ge=1, le=10000, description="Traces sampled a problem.")
     temperature: float = Field(0.6, ge=0, le=2, description="0 is greedy; R1's published setting is 0.6.")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus size; R1's published setting is 0.95.")
-    max_tokens: int = Field(32768, ge=1, description="Most tokens generated a sample; longer ones are truncated, marked and kept.")
+    max_tokens: int = Field(
+        32768, ge=1, description="Most tokens generated a sample; longer ones are truncated, marked and kept."
+    )
     instruction: str = Field(R1_INSTRUCTION, description="Appended to the problem after a newline; empty for none.")
 
 
@@ -82,7 +90,9 @@ class DuplicatesFilter(Section):
 
 class Filters(Section):
     correctness: CorrectnessFilter | None = Field(None, description="Judge the final answer; null to skip.")
-    format: FormatFilter | None = Field(None, description="Check the form of the reasoning and the answer; null to skip.")
+    format: FormatFilter | None = Field(
+        None, description="Check the form of the reasoning and the answer; null to skip."
+    )
     length: LengthFilter | None = Field(None, description="Bound the reasoning's length; null to skip.")
     repetition: RepetitionFilter | None = Field(None, description="Reject text that loops; null to skip.")
     duplicates: DuplicatesFilter | None = Field(None, description="Reject exact duplicates; null to skip.")
@@ -108,26 +118,33 @@ class Student(Section):
     lora: Lora = Field(default_factory=Lora, description="Settings of method 'lora'.")
     epochs: float = Field(2.0, gt=0, le=1000, description="Passes over the training set.")
     max_length: int = Field(2048, ge=8, description="Longest example in tokens; longer ones are left out and counted.")
-    tokens_per_step: int = Field(16384, ge=1, description="Non-padding tokens an optimiser step, over all micro-batches.")
+    tokens_per_step: int = Field(
+        16384, ge=1, description="Non-padding tokens an optimiser step, over all micro-batches."
+    )
     learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
     schedule: Literal["multi_step", "cosine", "constant"] = Field(
-        "multi_step", description="multi_step: drops to 31.6% and 10% after 80% and 90% of the steps (DeepSeek LLM, §2.3)."
+        "multi_step",
+        description="multi_step: drops to 31.6% and 10% after 80% and 90% of the steps (DeepSeek LLM, §2.3).",
     )
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's decoupled weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     packing: bool = Field(True, description="Several examples in a row, attending only to themselves.")
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints from which training resumes.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 trains under autocast; weights stay float32.")
-    baselines: list[Literal["base", "answers_only"]] = Field(
-        default_factory=lambda: ["base", "answers_only"],
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16 trains under autocast; weights stay float32."
+    )
+    baselines: list[Baseline] = Field(
+        default=["base", "answers_only"],
         description="base: untouched; answers_only: the same problems and as many tokens, without the reasoning.",
     )
 
 
 class Evals(Section):
     problems: ProblemSource | None = Field(None, description="Problems of the task 'distill_problems'.")
-    tasks: list[str] = Field(default_factory=lambda: ["distill_problems"], min_length=1, description="lm-eval tasks to run.")
+    tasks: list[str] = Field(
+        default_factory=lambda: ["distill_problems"], min_length=1, description="lm-eval tasks to run."
+    )
     samples: int = Field(4, ge=1, le=10000, description="Samples a problem; the score is mean@k.")
     temperature: float = Field(0.6, ge=0, le=2, description="0 is greedy; R1's published setting is 0.6.")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus size; R1's published setting is 0.95.")

@@ -30,7 +30,17 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, Recipe)}") from None
+        raise UserError(f"{_culprit(error, overrides) or path}: {explain(error, Recipe)}") from None
+
+
+def _culprit(error: ValidationError, overrides: Sequence[str]) -> str | None:
+    """The override that set the field of the first mistake, if one did."""
+    place = _place(_first(error)["loc"])
+    for override in reversed(overrides):
+        key = override.partition("=")[0].strip()
+        if place == key or place.startswith(key + "."):
+            return f"override {override!r}"
+    return None
 
 
 def find_recipe(path_or_name: str | Path) -> Path:
@@ -132,11 +142,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first mistake of a pydantic error as one sentence (and how many more there are)."""
-    details = error.errors(include_url=False)
-    # A misspelt key often also shows as a missing one: the misspelling is the cause, so it is told first.
-    details.sort(key=lambda item: item["type"] != "extra_forbidden")
-    first = details[0]
-    place = ".".join(str(part) for part in first["loc"] if not _is_union_branch(str(part)))
+    first = _first(error)
+    place = _place(first["loc"])
     kind, found = first["type"], first.get("input")
     if kind == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
@@ -150,14 +157,20 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         text = f"{place}: expected a mapping of settings, found {_kind(found)}"
     else:
-        message = first["msg"].removeprefix("Input ")
+        message = re.sub(r"^(Input|String|List|Dictionary) | after validation.*", "", first["msg"])
         text = f"{place}: {message}, found {_kind(found)}"
-    more = len(details) - 1
+    more = error.error_count() - 1
     return text + (f" (and {more} more mistake{'s' if more > 1 else ''})" if more else "")
 
 
-def _is_union_branch(part: str) -> bool:
-    return "[" in part
+def _first(error: ValidationError) -> Any:
+    # A misspelt key often also shows as a missing one: the misspelling is the cause, so it is told first.
+    return min(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
+
+
+def _place(loc: Sequence[int | str]) -> str:
+    """'students.0.epochs'; pydantic's marks for branches of a union, such as 'list[str]', are left out."""
+    return ".".join(str(part) for part in loc if "[" not in str(part))
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -22,7 +22,7 @@ def shipped_recipes() -> list[str]:
 
 
 def resolve_config(name: str) -> Path | None:
-    """Path of a file as given, or of the shipped one of that name ('quickstart', 'teacher/tiny-r1'); None if neither exists."""
+    """A path as given, or the shipped file of that name ('quickstart', 'teacher/tiny-r1'); None if neither exists."""
     given = Path(name)
     if given.exists():
         return given
@@ -34,7 +34,7 @@ def resolve_config(name: str) -> Path | None:
 
 
 def resolve_model(name: str) -> Path | str:
-    """A folder if one of that name exists here or is shipped; else the name itself, for the Hugging Face hub or an endpoint."""
+    """A folder if one of that name exists here or is shipped; else the name itself (the hub's, or an endpoint's)."""
     if Path(name).exists():
         return Path(name)
     if name in SHIPPED_MODELS:

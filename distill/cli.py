@@ -1,0 +1,160 @@
+"""The commands. Nothing heavy is imported before a command runs: `distill --help` must come at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from distill.recipe import Recipe
+
+app = typer.Typer(
+    help="Distil the reasoning of an R1-style teacher into small dense students, and measure the gain.",
+    epilog="Exit codes: 0 done, 2 a mistake in the input, 1 another failure. DISTILL_DEBUG=1 shows tracebacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich for --help costs more than the help is prettier
+)
+teacher_app = typer.Typer(help="Build the R1-style teacher.", no_args_is_help=True)
+base_app = typer.Typer(help="Build the students' base models.", no_args_is_help=True)
+app.add_typer(teacher_app, name="teacher")
+app.add_typer(base_app, name="base")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped recipe's name or a run folder.")
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a recipe whose run is meant.")]
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A training configuration, a file or a shipped name.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as in students.0.epochs=2.")
+]
+RunsDir = Annotated[Path, typer.Option(help="Folder that holds the run folders.")]
+
+
+@app.command("run")
+def run_recipe(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Run all stages, resuming what is done."""
+    from distill.pipeline import run_all
+    from distill.summary import print_summary
+
+    folder = run_all(*_recipe_and_folder(recipe, overrides, runs_dir))
+    print_summary(folder)
+
+
+@app.command()
+def traces(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Sample the teacher's traces."""
+    _stages(["problems", "traces"], recipe, overrides, runs_dir)
+
+
+@app.command("filter")
+def filter_traces(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Judge the traces, write the dataset."""
+    _stages(["filter"], recipe, overrides, runs_dir)
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Fine-tune students and baselines."""
+    _stages(["train"], recipe, overrides, runs_dir)
+
+
+@app.command("eval")
+def evaluate(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Measure students, baselines and teacher."""
+    _stages(["eval"], recipe, overrides, runs_dir)
+
+
+@app.command()
+def report(run: RunArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Write the results and the page again."""
+    from distill.pipeline import run_stages
+    from distill.summary import print_summary
+
+    recipe, folder = _recipe_and_folder(run, overrides, runs_dir)
+    _must_exist(folder)
+    run_stages(["report"], recipe, folder, force=True)
+    print_summary(folder)
+
+
+@app.command("show")
+def show_traces(
+    run: RunArgument,
+    runs_dir: RunsDir = Path("runs"),
+    status: Annotated[str, typer.Option(help="all, accepted or rejected.")] = "all",
+    family: Annotated[str | None, typer.Option(help="Only this family of problems.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many traces.")] = None,
+) -> None:
+    """Page through traces and their verdicts."""
+    from distill import show
+
+    _, folder = _recipe_and_folder(run, None, runs_dir)
+    _must_exist(folder)
+    show.run(folder, status=status, family=family, limit=limit)
+
+
+@app.command("recipe")
+def print_recipe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print the resolved recipe."""
+    from distill.recipe_load import dump_recipe, load_recipe
+
+    typer.echo(dump_recipe(load_recipe(recipe, overrides or [])), nl=False)
+
+
+@app.command("doctor")
+def examine() -> None:
+    """Tell what this machine can run."""
+    from distill import doctor
+
+    doctor.run()
+
+
+@teacher_app.command("train")
+def train_teacher(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train a teacher from a seed."""
+    from distill import teacher_training
+
+    teacher_training.run(_config(config), overrides or [])
+
+
+@base_app.command("train")
+def train_base(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Pretrain a student's base from a seed."""
+    from distill import base_training
+
+    base_training.run(_config(config), overrides or [])
+
+
+def _stages(stages: list[str], recipe: str, overrides: list[str] | None, runs_dir: Path) -> None:
+    from distill.pipeline import run_stages
+
+    run_stages(stages, *_recipe_and_folder(recipe, overrides, runs_dir))
+
+
+def _recipe_and_folder(name: str, overrides: list[str] | None, runs_dir: Path) -> "tuple[Recipe, Path]":
+    """A run folder given as such is used where it lies; else the recipe's name picks the folder in `runs_dir`."""
+    from distill.recipe_load import load_recipe
+
+    recipe = load_recipe(name, overrides or [])
+    given = Path(name)
+    return recipe, given if given.is_dir() else runs_dir / recipe.name
+
+
+def _must_exist(folder: Path) -> None:
+    from distill.errors import UserError
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder; `distill run` makes it")
+
+
+def _config(name: str) -> Path:
+    from distill.errors import UserError
+    from distill.shipped import resolve_config
+
+    path = resolve_config(name)
+    if path is None or path.is_dir():
+        raise UserError(f"{name}: no such training configuration file")
+    return path

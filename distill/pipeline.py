@@ -1,0 +1,182 @@
+"""The whole run: problems → traces → filter → train → eval → report, each skipped when done on the same inputs.
+
+A stage's inputs are the parts of the recipe it reads and the content of the files it reads, as one hash. So a changed
+filter re-filters and re-trains but leaves the traces, and an edited dataset re-trains.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from distill.errors import UserError
+from distill.files import sha256_json, sha256_tree
+from distill.manifest import environment
+from distill.progress import clock
+from distill.recipe import ProblemSource, Recipe
+from distill.runfolder import RunFolder
+from distill.shipped import resolve_model
+
+Inputs = Callable[[Recipe, RunFolder], list[Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`module` holds the stage's run(recipe, run); `inputs` is what it depends on, as JSON; `outputs` are its files."""
+
+    name: str
+    module: str
+    inputs: Inputs
+    outputs: Callable[[Recipe], list[str]]
+
+
+def _problem_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
+    sources = [recipe.problems, recipe.evals.problems]
+    return [[source.model_dump(), _source_hash(source)] if source else None for source in sources]
+
+
+def _source_hash(source: ProblemSource) -> str | None:
+    return None if source.source == "reasoning-gym" else sha256_tree(Path(source.source))
+
+
+def _trace_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
+    # The batch size decides how fast, not what, the teacher writes.
+    teacher = recipe.teacher.model_dump(exclude={"batch_size"})
+    return [
+        recipe.seed,
+        teacher,
+        _model_hash(recipe.teacher.model),
+        recipe.sampling.model_dump(),
+        _hash(run, "problems.jsonl"),
+    ]
+
+
+def _filter_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
+    settings = [recipe.seed, recipe.filters.model_dump(), recipe.selection.model_dump()]
+    return [settings, _hash(run, "problems.jsonl"), _hash(run, "traces/traces.jsonl")]
+
+
+def _train_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
+    students = [[student.model_dump(), _model_hash(student.base)] for student in recipe.students]
+    return [recipe.seed, students, _hash(run, "dataset")]
+
+
+def _eval_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
+    settings = recipe.evals.model_dump(exclude={"batch_size", "bootstrap"})
+    bases = [_model_hash(student.base) for student in recipe.students]
+    return [recipe.seed, settings, _teacher_hash(recipe), bases, _students_hash(run), _hash(run, "eval_problems.jsonl")]
+
+
+def _report_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
+    files = [_hash(run, name) for name in ("traces/traces.jsonl", "verdicts.jsonl", "evals")]
+    return [recipe.model_dump(), files]
+
+
+def _hash(run: RunFolder, name: str) -> str | None:
+    return sha256_tree(run.path(name))
+
+
+def _model_hash(name: str) -> str | None:
+    """Content of a model's folder; None for a hub name or an endpoint, whose name alone stands for it."""
+    model = resolve_model(name)
+    return sha256_tree(model) if isinstance(model, Path) else None
+
+
+def _teacher_hash(recipe: Recipe) -> list[Any]:
+    return [recipe.teacher.model_dump(exclude={"batch_size"}), _model_hash(recipe.teacher.model)]
+
+
+def _students_hash(run: RunFolder) -> list[list[str | None]]:
+    """The finished models only: logs and checkpoints beside them do not change what is measured."""
+    files = sorted(p for p in run.path("students").glob("*/*") if p.suffix in (".safetensors", ".json", ".jinja"))
+    return [[p.relative_to(run.folder).as_posix(), sha256_tree(p)] for p in files]
+
+
+def _student_outputs(recipe: Recipe) -> list[str]:
+    return [f"students/{student.name}/config.json" for student in recipe.students]
+
+
+STAGES = (
+    Stage("problems", "distill.problems", _problem_inputs, lambda recipe: ["problems.jsonl"]),
+    Stage("traces", "distill.traces", _trace_inputs, lambda recipe: ["traces/traces.jsonl"]),
+    Stage("filter", "distill.filtering", _filter_inputs, lambda recipe: ["verdicts.jsonl", "dataset"]),
+    Stage("train", "distill.train", _train_inputs, _student_outputs),
+    Stage("eval", "distill.evaluate", _eval_inputs, lambda recipe: ["evals"]),
+    Stage("report", "distill.report", _report_inputs, lambda recipe: ["results.json", "report.html"]),
+)
+
+
+def run_all(recipe: Recipe, folder: Path) -> Path:
+    """Every stage in order. Returns the run's folder."""
+    run_stages([stage.name for stage in STAGES], recipe, folder)
+    return folder
+
+
+def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: bool = False) -> None:
+    """Run the named stages, which are consecutive; those before them must be complete.
+
+    `force` runs what is done once more, on whatever the earlier stages left (a folder copied from elsewhere, say).
+    Raises UserError if an earlier stage is unfinished or was made from another recipe, or the folder is in use.
+    """
+    console = Console(stderr=True, highlight=False)
+    with RunFolder.open(folder, recipe) as run:
+        run.manifest.update(environment=environment())
+        console.print(f"run {recipe.name} in {folder}")
+        order = [stage.name for stage in STAGES]
+        first = order.index(names[0])
+        for stage in STAGES[:first]:
+            _require_complete(stage, recipe, run, needed=stage is STAGES[first - 1], fresh=not force)
+        for stage in STAGES[first : first + len(names)]:
+            inputs = stage_inputs(stage, recipe, run)
+            if not force and is_done(stage, inputs, recipe, run):
+                console.print(f"{stage.name:<8}  already done, skipped")
+                continue
+            _run_stage(stage, inputs, recipe, run)
+            console.print(f"{stage.name:<8}  done in {clock(run.manifest.stage(stage.name)['seconds'])}")
+
+
+def _run_stage(stage: Stage, inputs: str, recipe: Recipe, run: RunFolder) -> None:
+    function = importlib.import_module(stage.module).run
+    run.begin(stage.name, inputs)
+    try:
+        facts = function(recipe, run) or {}
+    except BaseException:
+        run.beat()
+        raise
+    run.finish(stage.name, **facts)
+
+
+def stage_inputs(stage: Stage, recipe: Recipe, run: RunFolder) -> str:
+    return sha256_json([stage.name, stage.inputs(recipe, run)])
+
+
+def is_done(stage: Stage, inputs: str, recipe: Recipe, run: RunFolder) -> bool:
+    return run.stage_done(stage.name, inputs) and _has_outputs(stage, recipe, run)
+
+
+def _has_outputs(stage: Stage, recipe: Recipe, run: RunFolder) -> bool:
+    return all(run.path(name).exists() for name in stage.outputs(recipe))
+
+
+def _require_complete(stage: Stage, recipe: Recipe, run: RunFolder, *, needed: bool, fresh: bool) -> None:
+    """Raise UserError unless `stage` is done (on the present inputs if `fresh`).
+
+    It may be somebody else's work: files without an entry in the manifest are taken as they are. Only the stage just
+    before (`needed`) must have its files; a dataset from elsewhere trains without traces.
+    """
+    entry = run.manifest.data["stages"].get(stage.name)
+    cure = f"run `distill {COMMANDS[stage.name]}` or `distill run` with the same recipe first"
+    if needed and not _has_outputs(stage, recipe, run):
+        raise UserError(f"{run.folder}: stage '{stage.name}' has not been run; {cure}")
+    if entry is None or not fresh:
+        return
+    if entry.get("status") != "done":
+        raise UserError(f"{run.folder}: stage '{stage.name}' is unfinished; {cure}")
+    if entry.get("inputs") != stage_inputs(stage, recipe, run):
+        raise UserError(f"{run.folder}: stage '{stage.name}' was made from other settings or files; {cure}")
+
+
+COMMANDS = {"problems": "traces", "traces": "traces", "filter": "filter", "train": "train", "eval": "eval"}
