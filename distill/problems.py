@@ -30,27 +30,24 @@ Counts = dict[str, int]
 def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
     """Write problems.jsonl and, if the recipe evaluates on its own problems, eval_problems.jsonl.
 
-    Returns the counts and hashes that prove the separation, also kept in the manifest under 'problems'.
+    The manifest gets, under 'problems', the counts and set hashes that prove the separation.
     """
     evaluation: list[Problem] = []
     if recipe.evals.problems is not None:
         evaluation, _ = build_problems(recipe.evals.problems, "evals.problems", "heldout")
     train, dropped = build_problems(recipe.problems, "problems", "train", exclude=evaluation)
+    both = {problem_hash(p["problem"]) for p in train} & {problem_hash(p["problem"]) for p in evaluation}
+    assert not both, "training problems among the evaluation problems"
     proof = {
-        "train": len(train),
-        "eval": len(evaluation),
-        "overlap": len({problem_hash(p["problem"]) for p in train} & {problem_hash(p["problem"]) for p in evaluation}),
-        "dropped_overlap": dropped["overlap"],
-        "dropped_repeats": dropped["repeats"],
-        "without_answer": sum(p["answer"] is None for p in train),
-        "train_sha256": set_hash(train),
-        "eval_sha256": set_hash(evaluation),
+        "train": {"count": len(train), "sha256": set_hash(train), "without_answer": _unanswered(train)},
+        "eval": {"count": len(evaluation), "sha256": set_hash(evaluation), "without_answer": _unanswered(evaluation)},
+        "overlap": len(both),
+        "dropped": dropped,
     }
-    assert proof["overlap"] == 0, "training problems among the evaluation problems"
     write_jsonl_atomic(run.path("eval_problems.jsonl"), cast(list[dict[str, Any]], evaluation))
     write_jsonl_atomic(run.path("problems.jsonl"), cast(list[dict[str, Any]], train))
     run.manifest.update(problems=proof)
-    return {"tokens": 0, **proof}
+    return {"tokens": 0, "train": len(train), "eval": len(evaluation)}
 
 
 def build_problems(
@@ -90,6 +87,10 @@ def read_problems(path: "Path") -> list[Problem]:
 def set_hash(problems: Iterable[Problem]) -> str:
     """Hex sha256 of the sorted problem hashes, one a line: equal for equal sets, in whatever order."""
     return hashlib.sha256("\n".join(sorted(problem_hash(p["problem"]) for p in problems)).encode()).hexdigest()
+
+
+def _unanswered(problems: list[Problem]) -> int:
+    return sum(p["answer"] is None for p in problems)
 
 
 def _distinct(problems: Iterable[Problem], exclude: Iterable[Problem], dropped: Counts) -> Iterator[Problem]:

@@ -1,11 +1,14 @@
-"""What the stages hand to each other: the shapes of the lines in a run folder's files.
+"""What the stages hand to each other.
 
-Plain typed dictionaries, because each of them is one JSON line on disk and other tools read those lines.
+Lines of the run folder's files are plain typed dictionaries, because other tools read those lines; what
+passes between the trace stage and a teacher is not on disk in that form, hence dataclasses.
 """
 
-from typing import Any, Literal, NotRequired, TypedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
-Kind = Literal["math", "code", "choice", "exact", "open"]
+from distill.recipe import Kind
 
 
 class Message(TypedDict):
@@ -44,17 +47,15 @@ class Trace(TypedDict):
     text: str  # the generated text as it came, after the prompt
 
 
-class Verdict(TypedDict):
+class Verdict(NamedTuple):
     """What one filter says about one trace."""
 
-    trace_id: str
-    filter: str
     passed: bool
     reason: str  # what was found, for a person to read
 
 
 # The words "pass" and "in" are Python keywords, hence the functional form: these are the names on disk.
-FilterVerdict = TypedDict("FilterVerdict", {"pass": bool, "reason": str})
+FilterVerdict = TypedDict("FilterVerdict", {"pass": bool, "reason": str, "key": str})
 FunnelRow = TypedDict("FunnelRow", {"filter": str, "in": int, "out": int, "tokens_in": int, "tokens_out": int})
 
 
@@ -77,3 +78,39 @@ class DatasetRow(TypedDict):
     trace_id: NotRequired[str]
     source: str
     answer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One sample wanted from a teacher."""
+
+    id: str  # the trace's id
+    messages: list[Message]
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came of an Ask; every Ask gets exactly one, in any order. Token counts are 0 where nothing was sent."""
+
+    id: str
+    text: str  # what was generated after the prompt, without the end-of-sequence token
+    finish_reason: str
+    prompt_tokens: int
+    reasoning_tokens: int  # up to and with the closing </think>
+    answer_tokens: int
+    seconds: float
+    cost: float = 0.0
+
+
+class TeacherBackend(Protocol):
+    """One kind of teacher (recipe field teacher.kind), ready to be asked."""
+
+    id: str  # "<name>@<12 hex>": equal ids mean the same weights, configuration and tokenizer
+
+    def generate(self, asks: Iterable[Ask]) -> Iterator[Reply]:
+        """Yield each reply as it finishes; `asks` is drawn from as there is room for more."""
+        ...

@@ -1,0 +1,130 @@
+"""teacher.kind 'embedded': the teacher runs in this process, on our own engine."""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import UserError
+from distill.files import sha256_file, sha256_json
+from distill.reasoning import closing_tag
+from distill.records import Ask, Reply
+from distill.shipped import resolve_model
+
+if TYPE_CHECKING:
+    from distill.recipe import Teacher
+
+# What decides the text that a model folder generates; its README and training logs do not.
+_IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+
+
+def teacher_folder(model: str) -> Path:
+    """The model's folder. Raises UserError if there is none or it lacks what an embedded teacher needs."""
+    found = resolve_model(model)
+    folder = Path(found)
+    if not folder.is_dir():
+        raise UserError(f"teacher.model: '{model}' is neither a folder nor a shipped model")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; expected a model folder (teacher.model)")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{folder}: no tokenizer.json; the teacher's folder needs its tokenizer (teacher.model)")
+    return folder
+
+
+def teacher_id(model: str) -> str:
+    """"<name>@<12 hex>": the hash of the folder's weights, configuration and tokenizer, by file name and content."""
+    folder = teacher_folder(model)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _IDENTITY_SUFFIXES)
+    digest = sha256_json([[p.name, sha256_file(p)] for p in files])
+    return f"{folder.resolve().name}@{digest[:12]}"
+
+
+class EmbeddedTeacher:
+    """A loaded model with its tokenizer and engine; see distill.records.TeacherBackend."""
+
+    def __init__(self, teacher: "Teacher") -> None:
+        from transformers import AutoTokenizer
+
+        from teacher import load_model
+
+        folder = teacher_folder(teacher.model)
+        self.id = teacher_id(teacher.model)
+        self.batch_size = teacher.batch_size
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: the tokenizer does not load: {str(error).splitlines()[0]}") from error
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{folder}: the tokenizer has no chat template, so the teacher cannot be asked")
+        self.model = load_model(folder, dtype=teacher.dtype)
+        if len(self.tokenizer) > self.model.config.vocab_size:
+            raise UserError(
+                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, the model only "
+                f"{self.model.config.vocab_size}; they do not belong together"
+            )
+        self.stop_ids = _stop_ids(folder, self.tokenizer)
+
+    def generate(self, asks: Iterable[Ask]) -> Iterator[Reply]:
+        """Replies as they finish. A prompt that fills the model's context is answered 'prompt_too_long'."""
+        from teacher.engine import Engine, Request
+
+        limit = self.model.config.max_position_embeddings
+        asks = list(asks)
+        prompts = {ask.id: self._prompt_ids(ask) for ask in asks}
+        fitting = [ask for ask in asks if len(prompts[ask.id]) < limit]
+        for ask in asks:
+            if len(prompts[ask.id]) >= limit:
+                yield Reply(ask.id, "", "prompt_too_long", len(prompts[ask.id]), 0, 0, 0.0)
+        room = {ask.id: min(ask.max_tokens, limit - len(prompts[ask.id])) for ask in fitting}
+        longest = max((len(prompts[ask.id]) + room[ask.id] for ask in fitting), default=0)
+        if not fitting:
+            return
+        engine = Engine(self.model, self.tokenizer, batch_size=self.batch_size, max_len=longest)
+        requests = (
+            Request(
+                id=ask.id, prompt_ids=prompts[ask.id], temperature=ask.temperature, top_p=ask.top_p,
+                max_tokens=room[ask.id], seed=ask.seed, stop_ids=self.stop_ids,
+            )
+            for ask in fitting
+        )  # fmt: skip
+        for done in engine.generate(requests):
+            yield self._reply(done, len(prompts[done.id]))
+
+    def _prompt_ids(self, ask: Ask) -> list[int]:
+        # Rendered to text first: the template writes the special tokens, so none may be added again.
+        text = self.tokenizer.apply_chat_template(ask.messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _reply(self, done: Any, prompt_tokens: int) -> Reply:
+        ids = [token for token in done.token_ids if token not in self.stop_ids]
+        text = self._decode(ids)
+        reasoning_tokens = self._reasoning_tokens(text, ids)
+        return Reply(
+            done.id, text, done.finish_reason, prompt_tokens, reasoning_tokens, len(ids) - reasoning_tokens, done.seconds
+        )  # fmt: skip
+
+    def _reasoning_tokens(self, text: str, ids: list[int]) -> int:
+        """How many of the tokens it takes to reach the end of the closing tag; all if there is none."""
+        close = closing_tag(text)
+        if close is None:
+            return len(ids)
+        # By decoding, not by looking for the tag's id: a model may also spell the tag in several tokens.
+        return bisect_left(range(len(ids) + 1), close.end(), key=lambda n: len(self._decode(ids[:n])))
+
+    def _decode(self, ids: list[int]) -> str:
+        # Special tokens stay visible: one inside the text is a leak, which the format filter must see.
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The end-of-sequence ids of generation_config.json, else the tokenizer's."""
+    from transformers import GenerationConfig
+
+    eos: Any = None
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        raise UserError(f"{folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
+    return tuple(eos) if isinstance(eos, list) else (eos,)

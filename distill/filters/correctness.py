@@ -1,0 +1,31 @@
+"""correctness: the final answer is the reference answer, as evals.grading judges it."""
+
+from distill.records import Problem, Trace, Verdict
+from distill.recipe import CorrectnessFilter
+
+VERSION = 1
+
+
+def check(traces: list[Trace], problems: dict[str, Problem], settings: CorrectnessFilter) -> list[Verdict]:
+    """Pass only 'correct': what cannot be verified is not learnt from. A sample that was cut off is never correct."""
+    from evals.grading import grade_many
+
+    whole = [trace for trace in traces if trace["finish_reason"] == "stop"]
+    asked = [problems[trace["problem_id"]] for trace in whole]
+    grades = grade_many([(t["response"], p["answer"], p["kind"]) for t, p in zip(whole, asked, strict=True)])
+    verdicts = {}
+    for trace, problem, grade in zip(whole, asked, grades, strict=True):
+        if grade.extracted is None or problem["answer"] is None:
+            reason = f"{grade.verdict}: {grade.reason}"
+        else:
+            sign = {"correct": "=", "wrong": "≠", "unverifiable": "?"}[grade.verdict]
+            found, expected = _short(grade.extracted), _short(problem["answer"])
+            reason = f"{grade.verdict}: {found} {sign} {expected} ({grade.reason})"
+        verdicts[trace["id"]] = Verdict(grade.verdict == "correct", reason)
+    cut = Verdict(False, "wrong: did not end by itself, so it has no final answer")
+    return [verdicts.get(trace["id"], cut) for trace in traces]
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else text[:77] + "..."

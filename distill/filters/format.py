@@ -1,0 +1,52 @@
+r"""format: one <think>…</think>, then an answer that states its result, and nothing that leaked.
+
+A trace whose thinking opens twice, or in which a template token shows, teaches the student to write these
+too; one whose answer has no box cannot be graded later, nor can the student's.
+"""
+
+import re
+
+from distill.reasoning import CLOSE, OPEN
+from distill.records import Problem, Trace, Verdict
+from distill.recipe import FormatFilter
+
+VERSION = 1
+
+# Tokens of chat templates, written out: DeepSeek's <｜…｜>, <|…|> of Qwen, Llama 3, Phi and others, Llama 2's and
+# Mistral's [INST], sentencepiece's <s>, Gemma's turns.
+_LEAK = re.compile(
+    r"<｜[^｜<>\n]{1,40}｜>|<\|[A-Za-z0-9_]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk)>"
+    r"|<(?:start|end)_of_turn>"
+)
+_BOXED_KINDS = ("math", "exact", "choice")
+
+
+def check(traces: list[Trace], problems: dict[str, Problem], settings: FormatFilter) -> list[Verdict]:
+    """The kinds math, exact and choice need a final answer as evals.grading finds it, after the reasoning."""
+    return [_check(trace, problems[trace["problem_id"]]["kind"]) for trace in traces]
+
+
+def _check(trace: Trace, kind: str) -> Verdict:
+    from evals.grading import extract_answer
+
+    text, response = trace["text"], trace["response"]
+    opened, closed = text.count(OPEN), text.count(CLOSE)
+    if closed != 1:
+        return Verdict(False, f"{closed} closing </think> tags, expected one" if closed else "the thinking never closes")
+    if opened > 1 or (opened == 1 and not text.lstrip().startswith(OPEN)):
+        return Verdict(False, f"the thinking opens again at character {text.rindex(OPEN)}")
+    leak = _LEAK.search(text)
+    if leak:
+        return Verdict(False, f"template token {leak.group()} at character {leak.start()}")
+    if not trace["reasoning"].strip():
+        return Verdict(False, "the reasoning is empty")
+    if not response.strip():
+        return Verdict(False, "nothing after </think>")
+    if kind in _BOXED_KINDS:
+        answer = extract_answer(response, kind)
+        if answer is None:
+            boxed = "; there is one in the reasoning" if "\\boxed" in trace["reasoning"] else ""
+            return Verdict(False, f"no \\boxed{{}} after </think>{boxed}")
+        if not answer.strip():
+            return Verdict(False, "the \\boxed{} after </think> is empty")
+    return Verdict(True, "one think block, then an answer")

@@ -1,0 +1,162 @@
+"""Stage 'traces': k samples a problem from the teacher, none lost and none made twice.
+
+A trace's id is the hash of everything that determines it (problem, sample index, sampling settings, seed,
+teacher), so resuming is a set difference: what the recipe asks for minus what the file holds. An edited
+problem, another temperature or another teacher asks for other ids; the old lines stay in traces.jsonl,
+for they may have cost GPU time and going back to the old settings finds them again. Every reader passes
+them over (`current_traces`), and traces.parquet does not have them.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from distill.errors import UserError
+from distill.files import sha256_json, write_atomic
+from distill.jsonl import Appender, read_jsonl
+from distill.problems import read_problems
+from distill.reasoning import split_reasoning
+from distill.recipe import Recipe, Sampling, Teacher
+from distill.records import Ask, Message, Problem, Reply, TeacherBackend, Trace
+
+if TYPE_CHECKING:
+    from distill.runfolder import RunFolder
+
+
+def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
+    """Generate the traces that are missing, then write traces.parquet. Returns the stage's facts.
+
+    A trace is counted only after its line is on the disk. Loads the teacher only if something is missing.
+    """
+    problems = read_problems(run.path("problems.jsonl"))
+    teacher_id = identify_teacher(recipe.teacher)
+    run.manifest.update(teacher={"id": teacher_id, "model": recipe.teacher.model, "kind": recipe.teacher.kind})
+    path = run.path("traces", "traces.jsonl")
+    wanted = {ask.id: (problem, sample, ask) for problem, sample, ask in plan(recipe, problems, teacher_id)}
+    with Appender(path) as file:
+        stale = 0
+        done: set[str] = set()
+        for _, row in read_jsonl(path):
+            stale += row["id"] not in wanted
+            done.add(row["id"])
+        missing = [ask for identity, (_, _, ask) in wanted.items() if identity not in done]
+        made = tokens = 0
+        start = time.monotonic()
+        with run.progress("traces", len(wanted), "traces", done=len(wanted) - len(missing)) as progress:
+            for reply in open_teacher(recipe.teacher).generate(missing) if missing else ():
+                problem, sample, ask = wanted[reply.id]
+                assert reply.id not in done, f"the teacher answered {reply.id} twice"
+                file.append(cast(dict[str, Any], make_trace(problem, sample, ask, reply, recipe.sampling, teacher_id)))
+                done.add(reply.id)
+                made += 1
+                tokens += reply.reasoning_tokens + reply.answer_tokens
+                progress.advance(1, **{"tokens/s": tokens / (time.monotonic() - start)})
+        assert made == len(missing), f"the teacher left {len(missing) - made} of {len(missing)} samples unanswered"
+        torn = file.torn
+    facts = _write_parquet(current_traces(path, recipe, problems, teacher_id), run.path("traces", "traces.parquet"))
+    return {**facts, "made": made, "resumed": len(wanted) - made, "stale": stale, "torn": torn, "teacher": teacher_id}
+
+
+def plan(recipe: Recipe, problems: Iterable[Problem], teacher_id: str) -> Iterator[tuple[Problem, int, Ask]]:
+    """Every (problem, sample index, ask) that the recipe wants, in order."""
+    settings = recipe.sampling
+    for problem in problems:
+        for sample in range(settings.samples):
+            seed = sample_seed(recipe.seed, problem["id"], sample)
+            identity = trace_id(problem, sample, sampling_record(settings, seed), teacher_id)
+            yield problem, sample, Ask(
+                identity, prompt(problem, settings), settings.temperature, settings.top_p, settings.max_tokens, seed
+            )  # fmt: skip
+
+
+def prompt(problem: Problem, settings: Sampling) -> list[Message]:
+    """What the teacher is asked: no system prompt, the instruction on a line of its own (R1's usage notes)."""
+    content = f"{problem['problem']}\n{settings.instruction}" if settings.instruction else problem["problem"]
+    return [{"role": "user", "content": content}]
+
+
+def sample_seed(seed: int, problem_id: str, sample: int) -> int:
+    """A seed of 63 bits for one sample, independent of which other samples are asked for."""
+    return int(hashlib.sha256(f"{seed}/{problem_id}/{sample}".encode()).hexdigest()[:16], 16) >> 1
+
+
+def sampling_record(settings: Sampling, seed: int) -> dict[str, Any]:
+    """The settings that a sample depends on. The number of samples is not one: raising it only adds traces."""
+    return {**settings.model_dump(mode="json", exclude={"samples"}), "seed": seed}
+
+
+def trace_id(problem: Problem, sample: int, sampling: dict[str, Any], teacher_id: str) -> str:
+    """First 16 hex of the sha256 of the canonical JSON of all that determines the sample."""
+    return sha256_json([problem["id"], problem["problem"], sample, sampling, teacher_id])[:16]
+
+
+def make_trace(
+    problem: Problem, sample: int, ask: Ask, reply: Reply, settings: Sampling, teacher_id: str
+) -> Trace:
+    reasoning, response = split_reasoning(reply.text)
+    return {
+        "id": ask.id,
+        "problem_id": problem["id"],
+        "sample": sample,
+        "messages": ask.messages,
+        "reasoning": reasoning,
+        "response": response,
+        "finish_reason": reply.finish_reason,
+        "prompt_tokens": reply.prompt_tokens,
+        "reasoning_tokens": reply.reasoning_tokens,
+        "answer_tokens": reply.answer_tokens,
+        "seconds": round(reply.seconds, 4),
+        "cost": reply.cost,
+        "teacher": teacher_id,
+        "sampling": sampling_record(settings, ask.seed),
+        "text": reply.text,
+    }
+
+
+def current_traces(path: Path, recipe: Recipe, problems: Iterable[Problem], teacher_id: str) -> list[Trace]:
+    """The traces of `path` that this recipe asks for, in the plan's order; stale ones and a torn tail are left out."""
+    order = {ask.id: index for index, (_, _, ask) in enumerate(plan(recipe, problems, teacher_id))}
+    found: dict[str, Trace] = {}
+    for _, row in read_jsonl(path, torn_ok=True):
+        if row["id"] in order:
+            found.setdefault(row["id"], cast(Trace, row))
+    return sorted(found.values(), key=lambda trace: order[trace["id"]])
+
+
+def identify_teacher(teacher: Teacher) -> str:
+    """The teacher's id, without loading it."""
+    from distill.embedded import teacher_id
+
+    return teacher_id(teacher.model)
+
+
+def open_teacher(teacher: Teacher) -> TeacherBackend:
+    """The teacher, loaded and ready. Later kinds (endpoint, vllm) are further branches here."""
+    if teacher.kind == "embedded":
+        from distill.embedded import EmbeddedTeacher
+
+        return EmbeddedTeacher(teacher)
+    raise UserError(f"teacher.kind: '{teacher.kind}' is not known")
+
+
+def _write_parquet(traces: list[Trace], path: Path) -> dict[str, Any]:
+    """The finished stage's table, for other tools; returns counts. Nested settings stay JSON text in it."""
+    import io
+    import json
+
+    import pyarrow
+    from pyarrow import parquet
+
+    # One schema for every teacher and setting, so that tables of several runs concatenate.
+    rows = [{**t, "messages": json.dumps(t["messages"]), "sampling": json.dumps(t["sampling"])} for t in traces]
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, compression="zstd")
+    write_atomic(path, buffer.getvalue())
+    return {
+        "tokens": sum(t["reasoning_tokens"] + t["answer_tokens"] for t in traces),
+        "traces": len(traces),
+        "truncated": sum(t["finish_reason"] == "length" for t in traces),
+        "prompt_too_long": sum(t["finish_reason"] == "prompt_too_long" for t in traces),
+    }
