@@ -32,11 +32,23 @@ def teacher_folder(model: str) -> Path:
 
 
 def teacher_id(model: str) -> str:
-    """"<name>@<12 hex>": the hash of the folder's weights, configuration and tokenizer, by file name and content."""
+    """ "<name>@<12 hex>": the hash of the folder's weights, configuration and tokenizer, by file name and content."""
     folder = teacher_folder(model)
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _IDENTITY_SUFFIXES)
     digest = sha256_json([[p.name, sha256_file(p)] for p in files])
     return f"{folder.resolve().name}@{digest[:12]}"
+
+
+def teacher_licence(model: str) -> str | None:
+    """What the model card in the folder declares in its header, if anything."""
+    import yaml
+
+    card = teacher_folder(model) / "README.md"
+    parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.is_file() else []
+    if len(parts) != 3 or parts[0].strip():
+        return None
+    header = yaml.safe_load(parts[1])
+    return str(header["license"]) if isinstance(header, dict) and "license" in header else None
 
 
 class EmbeddedTeacher:
@@ -98,10 +110,9 @@ class EmbeddedTeacher:
     def _reply(self, done: Any, prompt_tokens: int) -> Reply:
         ids = [token for token in done.token_ids if token not in self.stop_ids]
         text = self._decode(ids)
-        reasoning_tokens = self._reasoning_tokens(text, ids)
-        return Reply(
-            done.id, text, done.finish_reason, prompt_tokens, reasoning_tokens, len(ids) - reasoning_tokens, done.seconds
-        )  # fmt: skip
+        reasoning = self._reasoning_tokens(text, ids)
+        answer = len(ids) - reasoning
+        return Reply(done.id, text, done.finish_reason, prompt_tokens, reasoning, answer, done.seconds)
 
     def _reasoning_tokens(self, text: str, ids: list[int]) -> int:
         """How many of the tokens it takes to reach the end of the closing tag; all if there is none."""

@@ -31,8 +31,9 @@ def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
     A trace is counted only after its line is on the disk. Loads the teacher only if something is missing.
     """
     problems = read_problems(run.path("problems.jsonl"))
-    teacher_id = identify_teacher(recipe.teacher)
-    run.manifest.update(teacher={"id": teacher_id, "model": recipe.teacher.model, "kind": recipe.teacher.kind})
+    facts = identify_teacher(recipe.teacher)
+    teacher_id = facts["id"]
+    run.manifest.update(teacher=facts)
     path = run.path("traces", "traces.jsonl")
     wanted = {ask.id: (problem, sample, ask) for problem, sample, ask in plan(recipe, problems, teacher_id)}
     with Appender(path) as file:
@@ -55,8 +56,8 @@ def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
                 progress.advance(1, **{"tokens/s": tokens / (time.monotonic() - start)})
         assert made == len(missing), f"the teacher left {len(missing) - made} of {len(missing)} samples unanswered"
         torn = file.torn
-    facts = _write_parquet(current_traces(path, recipe, problems, teacher_id), run.path("traces", "traces.parquet"))
-    return {**facts, "made": made, "resumed": len(wanted) - made, "stale": stale, "torn": torn, "teacher": teacher_id}
+    counts = _write_parquet(current_traces(path, recipe, problems, teacher_id), run.path("traces", "traces.parquet"))
+    return {**counts, "made": made, "resumed": len(wanted) - made, "stale": stale, "torn": torn, "teacher": teacher_id}
 
 
 def plan(recipe: Recipe, problems: Iterable[Problem], teacher_id: str) -> Iterator[tuple[Problem, int, Ask]]:
@@ -92,9 +93,7 @@ def trace_id(problem: Problem, sample: int, sampling: dict[str, Any], teacher_id
     return sha256_json([problem["id"], problem["problem"], sample, sampling, teacher_id])[:16]
 
 
-def make_trace(
-    problem: Problem, sample: int, ask: Ask, reply: Reply, settings: Sampling, teacher_id: str
-) -> Trace:
+def make_trace(problem: Problem, sample: int, ask: Ask, reply: Reply, settings: Sampling, teacher_id: str) -> Trace:
     reasoning, response = split_reasoning(reply.text)
     return {
         "id": ask.id,
@@ -125,11 +124,12 @@ def current_traces(path: Path, recipe: Recipe, problems: Iterable[Problem], teac
     return sorted(found.values(), key=lambda trace: order[trace["id"]])
 
 
-def identify_teacher(teacher: Teacher) -> str:
-    """The teacher's id, without loading it."""
-    from distill.embedded import teacher_id
+def identify_teacher(teacher: Teacher) -> dict[str, Any]:
+    """What the manifest says of the teacher, found without loading it: "id", "model", "kind" and "licence"."""
+    from distill.embedded import teacher_id, teacher_licence
 
-    return teacher_id(teacher.model)
+    return {**teacher.model_dump(include={"model", "kind"}), "id": teacher_id(teacher.model),
+            "licence": teacher_licence(teacher.model)}  # fmt: skip
 
 
 def open_teacher(teacher: Teacher) -> TeacherBackend:

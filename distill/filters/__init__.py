@@ -11,6 +11,9 @@ from types import ModuleType
 
 ORDER = ("truncation", "format", "correctness", "length", "repetition", "duplicates")
 
+# Filters that judge all traces together: their verdicts hold for one set of traces only.
+COMPARING = frozenset({"duplicates"})
+
 
 def filter_module(name: str) -> ModuleType:
     """The module of a filter in ORDER."""

@@ -1,7 +1,7 @@
 """correctness: the final answer is the reference answer, as evals.grading judges it."""
 
-from distill.records import Problem, Trace, Verdict
 from distill.recipe import CorrectnessFilter
+from distill.records import Problem, Trace, Verdict
 
 VERSION = 1
 

@@ -1,8 +1,8 @@
 """duplicates: of traces that are the same text for the same problem, one is enough."""
 
 from distill.identity import normalise
-from distill.records import Problem, Trace, Verdict
 from distill.recipe import DuplicatesFilter
+from distill.records import Problem, Trace, Verdict
 
 VERSION = 1
 

@@ -7,8 +7,8 @@ too; one whose answer has no box cannot be graded later, nor can the student's.
 import re
 
 from distill.reasoning import CLOSE, OPEN
-from distill.records import Problem, Trace, Verdict
 from distill.recipe import FormatFilter
+from distill.records import Problem, Trace, Verdict
 
 VERSION = 1
 
@@ -31,8 +31,10 @@ def _check(trace: Trace, kind: str) -> Verdict:
 
     text, response = trace["text"], trace["response"]
     opened, closed = text.count(OPEN), text.count(CLOSE)
-    if closed != 1:
-        return Verdict(False, f"{closed} closing </think> tags, expected one" if closed else "the thinking never closes")
+    if not closed:
+        return Verdict(False, "the thinking never closes")
+    if closed > 1:
+        return Verdict(False, f"{closed} closing </think> tags, expected one")
     if opened > 1 or (opened == 1 and not text.lstrip().startswith(OPEN)):
         return Verdict(False, f"the thinking opens again at character {text.rindex(OPEN)}")
     leak = _LEAK.search(text)

@@ -1,7 +1,7 @@
 """length: bounds on the reasoning's tokens, as the teacher's tokenizer counts them."""
 
-from distill.records import Problem, Trace, Verdict
 from distill.recipe import LengthFilter
+from distill.records import Problem, Trace, Verdict
 
 VERSION = 1
 

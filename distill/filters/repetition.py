@@ -13,8 +13,8 @@ more than 99% of loops spliced into R1's (tests/distill/test_filters_repetition.
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill.records import Problem, Trace, Verdict
 from distill.recipe import RepetitionFilter
+from distill.records import Problem, Trace, Verdict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,7 +112,9 @@ def find_loop(words: list[str], previous: "np.ndarray", ngram: int) -> Loop | No
     best = None
     for run in np.flatnonzero(looping):
         first, step, length = int(firsts[run]), int(period[run]), int(repeated[run])
+        if not any(word.isalnum() for word in words[first : first + step]):
+            continue
         loop = Loop(first - step, first + length, step, 1 + length / step)
-        if any(word.isalnum() for word in words[first : first + step]) and (best is None or loop.end - loop.start > best.end - best.start):
+        if best is None or loop.end - loop.start > best.end - best.start:
             best = loop
     return best

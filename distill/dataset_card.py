@@ -1,0 +1,145 @@
+"""dataset/README.md: what the rows are, where they come from, what was left out, and how to check it.
+
+Holds nothing that differs between two runs with the same outcome (no times, no paths), since students are
+trained anew when the dataset folder changes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distill.files import sha256_file, write_atomic
+from distill.recipe import Recipe
+from distill.records import FunnelRow
+
+if TYPE_CHECKING:
+    from distill.runfolder import RunFolder
+
+_FEATURES = [
+    {"name": "messages", "list": [{"name": "role", "dtype": "string"}, {"name": "content", "dtype": "string"}]},
+    {"name": "problem_id", "dtype": "string"},
+    {"name": "trace_id", "dtype": "string"},
+    {"name": "source", "dtype": "string"},
+    {"name": "answer", "dtype": "string"},
+]
+
+_BODY = r"""
+# {name}: reasoning traces of {teacher}
+
+Each row of the default configuration is one problem and one complete reply of the teacher, in `messages`: the user's
+turn as it was asked, and an assistant turn `<think>\n…\n</think>\n\n…` that ends in the boxed answer. The
+configuration `answers_only` has the same problems with an empty think block and the reference answer alone: it trains
+the baseline that shows what the reasoning adds.
+
+Chat templates of R1 and its distilled models delete everything before `</think>` from assistant turns. Build training
+text as the rendered prompt plus the raw assistant text plus the end token, not by templating the assistant turn.
+
+## Where it comes from
+
+| | |
+|---|---|
+| problems | {source} |
+| teacher | `{teacher}` |
+| sampling | {sampling} |
+| selection | {selection} |
+| licence of the problems | {problem_licence} |
+| licence of the teacher | {teacher_licence} |
+
+## What was left out
+
+| filter | traces in | traces out | tokens in | tokens out |
+|---|---|---|---|---|
+{funnel}
+
+Every rejected trace and the reason are in the run's `verdicts.jsonl`.
+
+## Separation from evaluation
+
+{separation}
+
+## Files
+
+| file | rows | sha256 |
+|---|---|---|
+{files}
+"""
+
+
+def write_card(run: "RunFolder", recipe: Recipe, rows: Mapping[str, int], funnel: Sequence[FunnelRow]) -> None:
+    """`rows` names the data files that exist, with their numbers of rows."""
+    import yaml
+
+    folder = run.path("dataset")
+    manifest = run.manifest.data
+    asked = manifest.get("teacher", {})  # absent where the traces are somebody else's
+    teacher = asked.get("id", recipe.teacher.model)
+    licences = _problem_licence(recipe), asked.get("licence") or "not stated in its model card"
+    header: dict[str, Any] = {
+        "license": "apache-2.0" if all(licence.lower() == "apache-2.0" for licence in licences) else "other",
+        "pretty_name": f"{recipe.name}: reasoning traces of {teacher}",
+        "tags": ["reasoning", "distillation", "synthetic"],
+        "task_categories": ["text-generation"],
+        "configs": [
+            {"config_name": "default", "default": True, "data_files": _data_files(rows, "")},
+            {"config_name": "answers_only", "data_files": _data_files(rows, "answers_only/")},
+        ],
+        "dataset_info": [
+            {"config_name": "default", "features": _FEATURES},
+            {"config_name": "answers_only", "features": [f for f in _FEATURES if f["name"] != "trace_id"]},
+        ],
+    }
+    for key in ("configs", "dataset_info"):
+        header[key] = [entry for entry in header[key] if _data_files(rows, _prefix(entry["config_name"]))]
+    settings = recipe.sampling
+    body = _BODY.format(
+        name=recipe.name,
+        teacher=teacher,
+        source=_source(recipe, manifest),
+        sampling=f"{settings.samples} a problem, temperature {settings.temperature}, top-p {settings.top_p}, "
+        f"at most {settings.max_tokens} tokens, seed {recipe.seed}",
+        selection=f"{recipe.selection.choose}, {recipe.selection.per_problem} a problem; "
+        f"{recipe.selection.validation_fraction:.0%} of the problems for validation",
+        problem_licence=licences[0],
+        teacher_licence=licences[1],
+        funnel="\n".join(
+            f"| {r['filter']} | {r['in']:,} | {r['out']:,} | {r['tokens_in']:,} | {r['tokens_out']:,} |" for r in funnel
+        ),
+        separation=_separation(manifest.get("problems")),
+        files="\n".join(f"| {name} | {count:,} | `{sha256_file(folder / name)}` |" for name, count in rows.items()),
+    )
+    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    write_atomic(folder / "README.md", f"---\n{front}---\n{body}".encode())
+
+
+def _prefix(config: str) -> str:
+    return "" if config == "default" else f"{config}/"
+
+
+def _data_files(rows: Mapping[str, int], prefix: str) -> list[dict[str, str]]:
+    paths = {split: f"{prefix}{split}.jsonl" for split in ("train", "validation")}
+    return [{"split": split, "path": path} for split, path in paths.items() if path in rows]
+
+
+def _source(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
+    problems = recipe.problems
+    count = manifest.get("problems", {}).get("train", {}).get("count")
+    asked = f"{count:,} from " if count is not None else ""
+    if problems.source == "reasoning-gym":
+        return f"{asked}reasoning-gym (seed {problems.seed}): {', '.join(problems.families)}"
+    return f"{asked}{problems.source.rstrip('/').rsplit('/', 1)[-1]}"
+
+
+def _problem_licence(recipe: Recipe) -> str:
+    if recipe.problems.source == "reasoning-gym":
+        return "Apache-2.0"
+    return "not stated; it is that of the source"
+
+
+def _separation(proof: Mapping[str, Any] | None) -> str:
+    if proof is None or not proof["eval"]["count"]:
+        return "The run has no evaluation problems of its own; nothing was compared."
+    train, evaluation = proof["train"], proof["eval"]
+    return (
+        f"None of the {train['count']:,} training problems is among the {evaluation['count']:,} evaluation problems: "
+        f"their hashes (sha256 of the NFKC, case-folded, blank-collapsed text) have {proof['overlap']} in common. "
+        f"Sha256 of the sorted hashes, one a line: training `{train['sha256']}`, evaluation `{evaluation['sha256']}`."
+    )
