@@ -39,7 +39,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True) for t in (BOS, EOS, PAD, USER, ASSISTANT)])
     backend.add_tokens([AddedToken(t, special=False) for t in ("<think>", "</think>")])
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    # unk_token: a Qwen2 folder loads as Qwen2Tokenizer, which adds "<|endoftext|>" to the vocabulary if none is named.
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=PAD)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

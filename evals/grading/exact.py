@@ -66,7 +66,7 @@ def exactly_equal(answer: str, reference: str) -> bool | None:
         return None
     if a == b:
         return True
-    return None if abs(a - b) <= Fraction(1, 100_000) * max(1, abs(b)) else False
+    return None if abs(a - b) <= max(Fraction(1), abs(b)) / 100_000 else False
 
 
 def choice_letter(answer: str) -> str | None:
