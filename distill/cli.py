@@ -89,10 +89,10 @@ def show_traces(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many traces.")] = None,
 ) -> None:
     """Page through traces and their verdicts."""
-    from distill import show
-
     _, folder = _recipe_and_folder(run, None, runs_dir)
     _must_exist(folder)
+    from distill import show
+
     show.run(folder, status=status, family=family, limit=limit)
 
 
@@ -115,17 +115,19 @@ def examine() -> None:
 @teacher_app.command("train")
 def train_teacher(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Train a teacher from a seed."""
+    path = _config(config)
     from distill import teacher_training
 
-    teacher_training.run(_config(config), overrides or [])
+    teacher_training.run(path, overrides or [])
 
 
 @base_app.command("train")
 def train_base(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Pretrain a student's base from a seed."""
+    path = _config(config)
     from distill import base_training
 
-    base_training.run(_config(config), overrides or [])
+    base_training.run(path, overrides or [])
 
 
 def _stages(stages: list[str], recipe: str, overrides: list[str] | None, runs_dir: Path) -> None:

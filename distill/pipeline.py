@@ -95,16 +95,29 @@ def _students_hash(run: RunFolder) -> list[list[str | None]]:
     return [[p.relative_to(run.folder).as_posix(), sha256_tree(p)] for p in files]
 
 
-def _student_outputs(recipe: Recipe) -> list[str]:
-    return [f"students/{student.name}/config.json" for student in recipe.students]
+def _problem_outputs(recipe: Recipe) -> list[str]:
+    return ["problems.jsonl"] + (["eval_problems.jsonl"] if recipe.evals.problems else [])
+
+
+def _train_outputs(recipe: Recipe) -> list[str]:
+    names = [student.name for student in recipe.students]
+    names += [f"{student.name}-answers_only" for student in recipe.students if "answers_only" in student.baselines]
+    return [f"students/{name}/config.json" for name in names]
+
+
+def _eval_outputs(recipe: Recipe) -> list[str]:
+    models = ["teacher"] if recipe.evals.teacher else []
+    for student in recipe.students:
+        models += [student.name, *(f"{student.name}.{baseline}" for baseline in student.baselines)]
+    return [f"evals/{model}.jsonl" for model in models]
 
 
 STAGES = (
-    Stage("problems", "distill.problems", _problem_inputs, lambda recipe: ["problems.jsonl"]),
+    Stage("problems", "distill.problems", _problem_inputs, _problem_outputs),
     Stage("traces", "distill.traces", _trace_inputs, lambda recipe: ["traces/traces.jsonl"]),
-    Stage("filter", "distill.filtering", _filter_inputs, lambda recipe: ["verdicts.jsonl", "dataset"]),
-    Stage("train", "distill.train", _train_inputs, _student_outputs),
-    Stage("eval", "distill.evaluate", _eval_inputs, lambda recipe: ["evals"]),
+    Stage("filter", "distill.filtering", _filter_inputs, lambda recipe: ["dataset/train.jsonl", "verdicts.jsonl"]),
+    Stage("train", "distill.train", _train_inputs, _train_outputs),
+    Stage("eval", "distill.evaluate", _eval_inputs, _eval_outputs),
     Stage("report", "distill.report", _report_inputs, lambda recipe: ["results.json", "report.html"]),
 )
 
@@ -124,7 +137,7 @@ def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: boo
     console = Console(stderr=True, highlight=False)
     with RunFolder.open(folder, recipe) as run:
         run.manifest.update(environment=environment())
-        console.print(f"run {recipe.name} in {folder}")
+        console.print(f"run {recipe.name} in {folder}", soft_wrap=True)
         order = [stage.name for stage in STAGES]
         first = order.index(names[0])
         for stage in STAGES[:first]:
@@ -158,18 +171,18 @@ def is_done(stage: Stage, inputs: str, recipe: Recipe, run: RunFolder) -> bool:
 
 
 def _has_outputs(stage: Stage, recipe: Recipe, run: RunFolder) -> bool:
-    return all(run.path(name).exists() for name in stage.outputs(recipe))
+    return all(run.path(name).is_file() for name in stage.outputs(recipe))
 
 
 def _require_complete(stage: Stage, recipe: Recipe, run: RunFolder, *, needed: bool, fresh: bool) -> None:
     """Raise UserError unless `stage` is done (on the present inputs if `fresh`).
 
     It may be somebody else's work: files without an entry in the manifest are taken as they are. Only the stage just
-    before (`needed`) must have its files; a dataset from elsewhere trains without traces.
+    before (`needed`) must have left something; a dataset from elsewhere trains without traces and verdicts.
     """
     entry = run.manifest.data["stages"].get(stage.name)
     cure = f"run `distill {COMMANDS[stage.name]}` or `distill run` with the same recipe first"
-    if needed and not _has_outputs(stage, recipe, run):
+    if needed and not any(run.path(name).is_file() for name in stage.outputs(recipe)):
         raise UserError(f"{run.folder}: stage '{stage.name}' has not been run; {cure}")
     if entry is None or not fresh:
         return

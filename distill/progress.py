@@ -25,6 +25,7 @@ class Progress:
         self._beat = beat
         self._fields: dict[str, Any] = {}
         self._bar: Any = None
+        self._printed: int | None = None
         self._start = self._last_line = self._last_beat = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -41,7 +42,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        else:
+        elif self.done != self._printed:
             self._print_line()
 
     def advance(self, n: int = 1, **fields: Any) -> None:
@@ -75,7 +76,7 @@ class Progress:
         return "  ".join(parts)
 
     def _print_line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._printed = time.monotonic(), self.done
         print(self.line(self._last_line), file=sys.stderr, flush=True)
 
     def _open_bar(self) -> None:

@@ -1,0 +1,54 @@
+import io
+
+from rich.console import Console
+
+from distill import doctor
+from distill.doctor import GIB, Machine, verdicts
+
+GOOD = [("torch", ">=2", "2.13.0", True)]
+H100 = ("NVIDIA H100 80GB HBM3", 79 * GIB)
+
+
+def missing(machine, packages=GOOD):
+    return dict(verdicts(machine, packages))
+
+
+def test_every_section_is_printed():
+    out = io.StringIO()
+    doctor.run(Console(file=out, width=140))
+    for word in ("machine", "engines", "packages", "sizes", "torch", "quickstart", "one GPU", "cluster", "embedded"):
+        assert word in out.getvalue()
+
+
+def test_the_requirements_of_this_installation_fit():
+    rows = doctor.package_rows()
+    assert {"torch", "transformers", "lm-eval"} <= {name for name, *_ in rows}
+    assert [name for name, _, _, fits in rows if not fits] == []
+
+
+def test_a_laptop_runs_the_quickstart_but_for_the_models(monkeypatch, tmp_path):
+    laptop = Machine(2, 8 * GIB, 50 * GIB, 2, [])
+    monkeypatch.setattr(doctor, "resolve_model", lambda name: tmp_path)
+    assert missing(laptop)["quickstart"] == [f"shipped model {name}" for name in doctor.SHIPPED_MODELS]
+    (tmp_path / "config.json").write_text("{}")
+    assert missing(laptop)["quickstart"] == []
+    assert "a CUDA GPU of 80 GB" in missing(laptop)["one GPU"]
+    assert "8 CUDA GPUs (has 0) or several such nodes" in missing(laptop)["cluster"]
+
+
+def test_small_memory_and_disk_are_told_with_what_is_there():
+    lines = missing(Machine(2, 2 * GIB, GIB // 2, 2, []))["quickstart"]
+    assert "3.0 GiB of memory (has 2.0 GiB)" in lines
+    assert "1.0 GiB of free disk here (has 0.5 GiB)" in lines
+
+
+def test_gpus_count():
+    assert not any("GPU" in line for line in missing(Machine(16, 128 * GIB, 99 * GIB, 16, [H100]))["one GPU"])
+    assert not any("GPU" in line for line in missing(Machine(16, 128 * GIB, 99 * GIB, 16, [H100] * 8))["cluster"])
+
+
+def test_a_wrong_package_is_missing_everywhere():
+    wrong = [("torch", "<2.14", "3.0", False), ("peft", ">=0.19", "", False)]
+    for lines in missing(Machine(2, 8 * GIB, 50 * GIB, 2, [H100] * 8), wrong).values():
+        assert "package torch <2.14 (installed: 3.0)" in lines
+        assert "package peft >=0.19 (installed: none)" in lines
