@@ -86,6 +86,9 @@ def show_traces(
     runs_dir: RunsDir = Path("runs"),
     status: Annotated[str, typer.Option(help="all, accepted or rejected.")] = "all",
     family: Annotated[str | None, typer.Option(help="Only this family of problems.")] = None,
+    failed: Annotated[str | None, typer.Option(help="Only traces that failed this filter.")] = None,
+    problem: Annotated[str | None, typer.Option(help="Only this problem, by the beginning of its id.")] = None,
+    trace: Annotated[str | None, typer.Option(help="Only this trace, by the beginning of its id.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many traces.")] = None,
 ) -> None:
     """Page through traces and their verdicts."""
@@ -93,7 +96,7 @@ def show_traces(
     _must_exist(folder)
     from distill import show
 
-    show.run(folder, status=status, family=family, limit=limit)
+    show.run(folder, status=status, family=family, failed=failed, problem=problem, trace=trace, limit=limit)
 
 
 @app.command("recipe")

@@ -55,8 +55,10 @@ def _trace_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
 
 
 def _filter_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
-    settings = [recipe.seed, recipe.filters.model_dump(), recipe.selection.model_dump()]
-    return [settings, _hash(run, "problems.jsonl"), _hash(run, "traces/traces.jsonl")]
+    # traces.jsonl may hold traces of earlier settings too: which of them count follows from sampling and teacher.
+    wanted = [recipe.seed, recipe.sampling.model_dump(), run.manifest.data.get("teacher")]
+    settings = [recipe.filters.model_dump(), recipe.selection.model_dump()]
+    return [wanted, settings, _hash(run, "problems.jsonl"), _hash(run, "traces/traces.jsonl")]
 
 
 def _train_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:

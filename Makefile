@@ -1,0 +1,45 @@
+# make demo        environment in .venv, then the whole pipeline on this machine's CPU; says where the report is
+# make test        the same environment with the test tools; the whole suite
+# make check       ruff and mypy
+# make demo-short  the demo's recipe with fewer problems, samples and steps, for CI
+# Each is quick the second time. PYTHON=python3.12 picks another interpreter, CONSTRAINTS= lifts the exact pins.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.PHONY: demo demo-short test check clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/distill run configs/quickstart.yaml
+
+demo-short: $(VENV)/.installed
+	$(VENV)/bin/distill run configs/quickstart.yaml name=quickstart-short \
+		problems.count=120 sampling.samples=1 students.0.epochs=0.5 students.1.epochs=0.5 \
+		evals.problems.count=42 evals.samples=2 evals.bootstrap=500
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "distill needs Python 3.11 or newer, and '$(PYTHON)' is not: name one with make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { \
+		echo "'$(PYTHON)' cannot make environments: install its venv package (python3-venv on Debian and Ubuntu)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); the first time takes some minutes"
+	$(PIP) --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --quiet -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
