@@ -141,7 +141,7 @@ def _pair(own: Scored, other: Scored, path: Path, bootstrap: int, seed: int) -> 
     if own.problems != other.problems:
         differ = sorted(set(own.problems) ^ set(other.problems))
         raise ValueError(
-            f"{path}: {len(differ)} problems differ from the student's (first: {differ[0][1]}); evaluate both on the same"
+            f"{path}: {len(differ)} problems differ from the student's (first: {differ[0][1]}); evaluate both alike"
         )
     difference = paired_difference(own.correct_PK, other.correct_PK, resamples=bootstrap, seed=seed)
     ours_P, theirs_P = own.correct_PK.mean(axis=1), other.correct_PK.mean(axis=1)
