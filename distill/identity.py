@@ -13,7 +13,9 @@ HELD_OUT_ONE_IN = 10
 
 def normalise(text: str) -> str:
     """Text with the differences removed that do not make another problem: NFKC, case, blank space."""
-    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    # Folding can leave text that is not NFKC (ß with a combining sign), hence again.
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def problem_hash(text: str) -> str:

@@ -9,7 +9,7 @@ them over (`current_traces`), and traces.parquet does not have them.
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,13 +22,16 @@ from distill.recipe import Recipe, Sampling, Teacher
 from distill.records import Ask, Message, Problem, Reply, TeacherBackend, Trace
 
 if TYPE_CHECKING:
+    from distill.progress import Progress
     from distill.runfolder import RunFolder
+
+_SYNC_SECONDS = 0.2
 
 
 def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
     """Generate the traces that are missing, then write traces.parquet. Returns the stage's facts.
 
-    A trace is counted only after its line is on the disk. Loads the teacher only if something is missing.
+    A trace is counted only when its line is on the disk. Loads the teacher only if something is missing.
     """
     problems = read_problems(run.path("problems.jsonl"))
     facts = identify_teacher(recipe.teacher)
@@ -43,21 +46,51 @@ def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
             stale += row["id"] not in wanted
             done.add(row["id"])
         missing = [ask for identity, (_, _, ask) in wanted.items() if identity not in done]
-        made = tokens = 0
-        start = time.monotonic()
         with run.progress("traces", len(wanted), "traces", done=len(wanted) - len(missing)) as progress:
-            for reply in open_teacher(recipe.teacher).generate(missing) if missing else ():
-                problem, sample, ask = wanted[reply.id]
-                assert reply.id not in done, f"the teacher answered {reply.id} twice"
-                file.append(cast(dict[str, Any], make_trace(problem, sample, ask, reply, recipe.sampling, teacher_id)))
-                done.add(reply.id)
-                made += 1
-                tokens += reply.reasoning_tokens + reply.answer_tokens
-                progress.advance(1, **{"tokens/s": tokens / (time.monotonic() - start)})
-        assert made == len(missing), f"the teacher left {len(missing) - made} of {len(missing)} samples unanswered"
+            replies = open_teacher(recipe.teacher).generate(missing) if missing else iter(())
+            done |= _record(replies, wanted, recipe.sampling, teacher_id, file, progress)
+        made = len(missing)
+        assert done >= wanted.keys(), f"the teacher left {len(wanted.keys() - done)} of {made} samples unanswered"
         torn = file.torn
     counts = _write_parquet(current_traces(path, recipe, problems, teacher_id), run.path("traces", "traces.parquet"))
     return {**counts, "made": made, "resumed": len(wanted) - made, "stale": stale, "torn": torn, "teacher": teacher_id}
+
+
+def _record(
+    replies: Iterator[Reply],
+    wanted: Mapping[str, tuple[Problem, int, Ask]],
+    settings: Sampling,
+    teacher_id: str,
+    file: Appender,
+    progress: "Progress",
+) -> set[str]:
+    """Append a trace a reply; returns their ids.
+
+    Lines are written one by one, which a kill cannot undo, but brought to the disk and counted together every
+    _SYNC_SECONDS: an fsync takes milliseconds, in which a teacher in this process does not go on.
+    """
+    made: set[str] = set()
+    start = synced = time.monotonic()
+    waiting = tokens = 0
+
+    def count(now: float) -> None:
+        file.sync()
+        progress.advance(waiting, **{"tokens/s": tokens / max(now - start, 1e-9)})
+
+    for reply in replies:
+        problem, sample, ask = wanted[reply.id]
+        assert reply.id not in made, f"the teacher answered {reply.id} twice"
+        trace = make_trace(problem, sample, ask, reply, settings, teacher_id)
+        file.append(cast(dict[str, Any], trace), sync=False)
+        made.add(reply.id)
+        waiting += 1
+        tokens += reply.reasoning_tokens + reply.answer_tokens
+        if (now := time.monotonic()) - synced >= _SYNC_SECONDS:
+            count(now)
+            synced, waiting = now, 0
+    if waiting:
+        count(time.monotonic())
+    return made
 
 
 def plan(recipe: Recipe, problems: Iterable[Problem], teacher_id: str) -> Iterator[tuple[Problem, int, Ask]]:
@@ -142,17 +175,14 @@ def open_teacher(teacher: Teacher) -> TeacherBackend:
 
 
 def _write_parquet(traces: list[Trace], path: Path) -> dict[str, Any]:
-    """The finished stage's table, for other tools; returns counts. Nested settings stay JSON text in it."""
+    """The finished stage's table, for other tools; returns counts."""
     import io
-    import json
 
     import pyarrow
     from pyarrow import parquet
 
-    # One schema for every teacher and setting, so that tables of several runs concatenate.
-    rows = [{**t, "messages": json.dumps(t["messages"]), "sampling": json.dumps(t["sampling"])} for t in traces]
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, compression="zstd")
+    parquet.write_table(pyarrow.Table.from_pylist(cast(list[dict[str, Any]], traces)), buffer, compression="zstd")
     write_atomic(path, buffer.getvalue())
     return {
         "tokens": sum(t["reasoning_tokens"] + t["answer_tokens"] for t in traces),
