@@ -6,6 +6,7 @@ filter re-filters and re-trains but leaves the traces, and an edited dataset re-
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def _run_stage(stage: Stage, inputs: str, recipe: Recipe, run: RunFolder) -> Non
     try:
         facts = function(recipe, run) or {}
     except BaseException:
-        run.beat()
+        with suppress(OSError):  # on a full device the seconds are the lesser loss; the first error is the one to tell
+            run.beat()
         raise
     run.finish(stage.name, **facts)
 

@@ -115,6 +115,10 @@ def _lock(folder: Path) -> int:
         pid = os.pread(handle, 32, 0).decode(errors="replace").strip()
         os.close(handle)
         raise UserError(f"another process (pid {pid or 'unknown'}) is using {folder}") from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+    except OSError as error:
+        os.close(handle)
+        raise OSError(error.errno, error.strerror, str(folder / ".lock")) from error
     return handle

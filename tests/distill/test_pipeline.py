@@ -82,7 +82,7 @@ def test_everything_runs_once_and_is_then_skipped(start, tmp_path, capsys):
     ("override", "again"),
     [
         ("problems.count=7", ORDER[:1]),  # the stand-in writes the same problems, so nothing after it changes
-        ("sampling.temperature=1.0", ["traces"]),
+        ("sampling.temperature=1.0", ["traces", "filter"]),
         ("filters.length.max_reasoning_tokens=9", ["filter"]),
         ("selection.per_problem=2", ["filter"]),
         ("students.0.epochs=1", ["train"]),

@@ -26,7 +26,7 @@ RESULTS = {
 def shown(tmp_path, results):
     (tmp_path / "results.json").write_text(json.dumps(results))
     out = io.StringIO()
-    print_summary(tmp_path, Console(file=out, width=140))
+    print_summary(tmp_path, Console(file=out, width=80))
     return out.getvalue()
 
 
@@ -34,12 +34,12 @@ def test_each_model_has_its_line(tmp_path):
     text = shown(tmp_path, RESULTS)
     assert "350 evaluation problems" in text
     lines = text.splitlines()
-    (student,) = [line for line in lines if " tiny-qwen " in line]
-    assert "80.0% [78.0, 82.0]" in student and "1.5%" in student and "2.0%" in student and "123" in student
+    (student,) = [line for line in lines if line.startswith("tiny-qwen ")]
+    assert "80.0 [78.0, 82.0]" in student and " 1.5 " in student and " 2.0 " in student and "123" in student
     (base,) = [line for line in lines if " base " in line]
-    assert "10.0% [8.0, 12.0]" in base and "+70.0 [+65.0, +75.0]" in base
+    assert "10.0 [8.0, 12.0]" in base and "+70.0 [+65.0, +75.0]" in base
     (teacher,) = [line for line in lines if "teacher tiny-r1" in line]
-    assert "97.0% [96.0, 98.0]" in teacher
+    assert "97.0 [96.0, 98.0]" in teacher
     assert lines[-1] == f"report: {tmp_path / 'report.html'}"
 
 
@@ -54,5 +54,5 @@ def test_missing_results(tmp_path):
 
 
 def test_interval():
-    assert interval(0.5, [0.25, 0.75]) == "50.0% [25.0, 75.0]"
+    assert interval(0.5, [0.25, 0.75]) == "50.0 [25.0, 75.0]"
     assert interval(-0.01, [-0.1, 0.08], signed=True) == "-1.0 [-10.0, +8.0]"
