@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teacher.config import DeepseekV3Config
+from teacher.norm import RMSNorm
 from teacher.rope import rotate, softmax_scale
 
 
@@ -28,10 +29,10 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
             # The two latent norms keep 1e-6 whatever rms_norm_eps says, as in DeepSeek's modelling code.
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=1e-6)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, config.latent_dim, bias=bias)
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=1e-6)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=1e-6)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
         self.scale = softmax_scale(config)
@@ -59,7 +60,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, mask_B1TT: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Causal attention of the tokens among themselves; a boolean `mask_B1TT` replaces the plain causal mask.
+        """Causal attention of the tokens among themselves; `mask_B1TT` (added to scores) replaces the causal mask.
 
         Returns the output (B, T, hidden) and the latents (B, T, C) for a cache.
         """
@@ -75,7 +76,10 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope_BTHD = k_rope_BTD.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
         q = torch.cat((q_nope_BTHN, q_rope_BTHD.to(q_nope_BTHN.dtype)), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope_BTHN, k_rope_BTHD.to(k_nope_BTHN.dtype)), dim=-1).transpose(1, 2)
+        # The CPU's flash kernel wants equal head sizes; without it attention takes three times as long.
+        padding = max(config.qk_head_dim - config.v_head_dim, 0) if q.device.type == "cpu" else 0
+        v = F.pad(v_BTHV, (0, padding)).transpose(1, 2) if padding else v_BTHV.transpose(1, 2)
         out_BHTV = F.scaled_dot_product_attention(
-            q, k, v_BTHV.transpose(1, 2), attn_mask=mask_B1TT, is_causal=mask_B1TT is None, scale=self.scale
-        )
+            q, k, v, attn_mask=mask_B1TT, is_causal=mask_B1TT is None, scale=self.scale
+        )[..., : config.v_head_dim]
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), latent_BTC

@@ -2,10 +2,13 @@
 
 DeepSeekMoE arXiv 2401.06066; DeepSeek-V3 section 2.1.2.
 
-Shapes: N tokens, H hidden, E routed experts, K experts a token, I expert intermediate, M = N * K (token, expert) pairs.
+Shapes: N tokens, H hidden, E routed experts, K experts a token, I expert intermediate, M = N * K (token, expert)
+pairs, R rows of the layout (M, or a few more).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,23 +44,54 @@ class Experts(nn.Module):
         return grouped_experts(x_NH, routing.indices_NK, routing.weights_NK, self.gate_up_proj, self.down_proj)
 
 
+class Layout(NamedTuple):
+    """Where the (token, expert) pairs lie when rows are arranged expert by expert."""
+
+    token_R: Tensor  # token of each row; filling rows repeat token 0 and are never read back
+    row_NK: Tensor  # row of each pair, int64
+    ends_E: Tensor  # end of each expert's rows, int32
+
+
+def expert_layout(indices_NK: Tensor, experts: int, multiple: int) -> Layout:
+    """Rows sorted by expert, each expert's rows filled up to a multiple of `multiple`."""
+    tokens, top_k = indices_NK.shape
+    pairs_M = torch.arange(tokens * top_k, device=indices_NK.device)
+    sorted_M, order_M = indices_NK.flatten().sort(stable=True)
+    exact_E = torch.searchsorted(sorted_M, torch.arange(experts, device=indices_NK.device), right=True)
+    if multiple == 1:
+        token_R, row_of_sorted_M, ends_E = order_M // top_k, pairs_M, exact_E
+    else:
+        counts_E = exact_E.diff(prepend=exact_E.new_zeros(1))
+        filled_E = (counts_E + multiple - 1) // multiple * multiple
+        ends_E = filled_E.cumsum(0)
+        shift_E = (ends_E - filled_E) - (exact_E - counts_E)
+        row_of_sorted_M = pairs_M + shift_E[sorted_M]
+        token_R = order_M.new_zeros(int(ends_E[-1])).scatter_(0, row_of_sorted_M, order_M // top_k)
+    row_NK = torch.empty_like(order_M).scatter_(0, order_M, row_of_sorted_M).view(tokens, top_k)
+    return Layout(token_R, row_NK, ends_E.int())
+
+
 def grouped_experts(
     x_NH: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
 ) -> Tensor:
-    """Sum over each token's experts of weight * expert(token), with two grouped products for all experts at once."""
-    top_k = indices_NK.shape[1]
-    if torch.is_autocast_enabled(x_NH.device.type):
-        dtype = torch.get_autocast_dtype(x_NH.device.type)
+    """Sum over each token's experts of weight * expert(token), with two grouped products for all experts at once.
+
+    In bf16 on a CPU each expert's rows are filled up to a multiple of 64: oneDNN compiles a kernel for every new row
+    count, and exact layouts bring new counts at every step. Training E = 32 on 8k tokens, top-4: 49 ms a layer filled,
+    130 to 360 exact; float32 (78 ms) has no such cost. Padding every expert to the largest load and a batched product
+    is as fast while experts are balanced, and half as fast in float32 when one has twice the mean.
+    """
+    device = x_NH.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x_NH, gate_up_E2IH, down_EHI = x_NH.to(dtype), gate_up_E2IH.to(dtype), down_EHI.to(dtype)
-    sorted_experts_M, order_M = indices_NK.flatten().sort(stable=True)
-    ends_E = torch.searchsorted(
-        sorted_experts_M, torch.arange(gate_up_E2IH.shape[0], device=x_NH.device), right=True, out_int32=True
-    )
-    rows_MH = x_NH[order_M // top_k]
-    gate_MI, up_MI = F.grouped_mm(rows_MH, gate_up_E2IH.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-    out_MH = F.grouped_mm(F.silu(gate_MI) * up_MI, down_EHI.transpose(1, 2), offs=ends_E)
-    out_MH = out_MH * weights_NK.flatten()[order_M].unsqueeze(-1).to(out_MH.dtype)
-    return torch.zeros_like(x_NH).index_add(0, order_M // top_k, out_MH)
+    multiple = 64 if device == "cpu" and x_NH.dtype == torch.bfloat16 else 1
+    layout = expert_layout(indices_NK, gate_up_E2IH.shape[0], multiple)
+    rows_RH = x_NH.index_select(0, layout.token_R)
+    gate_RI, up_RI = F.grouped_mm(rows_RH, gate_up_E2IH.transpose(1, 2), offs=layout.ends_E).chunk(2, dim=-1)
+    out_RH = F.grouped_mm(F.silu(gate_RI) * up_RI, down_EHI.transpose(1, 2), offs=layout.ends_E)
+    out_NKH = out_RH.index_select(0, layout.row_NK.flatten()).unflatten(0, indices_NK.shape)
+    return torch.bmm(weights_NK.to(out_NKH.dtype).unsqueeze(1), out_NKH).squeeze(1)
 
 
 def reference_experts(

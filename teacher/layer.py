@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from teacher.attention import MultiHeadLatentAttention
 from teacher.config import DeepseekV3Config
 from teacher.experts import MLP, MoE
+from teacher.norm import RMSNorm
 from teacher.routing import Routing
 
 
@@ -21,8 +22,8 @@ class DecoderLayer(nn.Module):
             self.mlp = MoE(config)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, mask_B1TT: Tensor | None

@@ -17,6 +17,7 @@ from teacher.config import DeepseekV3Config
 from teacher.experts import Experts
 from teacher.layer import DecoderLayer
 from teacher.mtp import MTPLayer
+from teacher.norm import RMSNorm
 from teacher.rope import rotation_table
 from teacher.routing import Router, Routing
 
@@ -42,7 +43,7 @@ class Backbone(nn.Module):
         main, extra = config.num_hidden_layers, config.num_nextn_predict_layers
         layers: list[nn.Module] = [DecoderLayer(config, layer) for layer in range(main)]
         self.layers = nn.ModuleList(layers + [MTPLayer(config, layer) for layer in range(main, main + extra)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class DeepseekV3(nn.Module):
@@ -110,7 +111,7 @@ class DeepseekV3(nn.Module):
             )
         mask_B1TT = None
         if segment_ids_BT is not None:
-            mask_B1TT = block_causal_mask(segment_ids_BT)
+            mask_B1TT = self._additive(block_causal_mask(segment_ids_BT))
             if position_ids_BT is None:
                 position_ids_BT = segment_positions(segment_ids_BT)
         if position_ids_BT is None:
@@ -142,6 +143,12 @@ class DeepseekV3(nn.Module):
                 if chosen is not None:
                     routing.append(chosen)
         return output
+
+    def _additive(self, seen_B1TT: Tensor) -> Tensor:
+        """0 where seen, -inf elsewhere, in the dtype attention runs in: once for all layers."""
+        device = seen_B1TT.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lm_head.weight.dtype
+        return torch.zeros(seen_B1TT.shape, dtype=dtype, device=seen_B1TT.device).masked_fill_(~seen_B1TT, float("-inf"))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and safetensors that transformers and vLLM load; `dtype` converts the matrices."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from teacher.config import DeepseekV3Config
 from teacher.layer import DecoderLayer
+from teacher.norm import RMSNorm
 from teacher.routing import Routing
 
 
@@ -17,7 +18,7 @@ class SharedHead(nn.Module):
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class MTPLayer(DecoderLayer):
@@ -25,8 +26,8 @@ class MTPLayer(DecoderLayer):
 
     def __init__(self, config: DeepseekV3Config, layer: int) -> None:
         super().__init__(config, layer)
-        self.enorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config)
 
