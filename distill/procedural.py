@@ -40,21 +40,24 @@ def _near(word: str, words: Iterable[str]) -> str:
 
 def check_families(families: Mapping[str, Mapping[str, Any]], field: str = "problems.families") -> None:
     """Raise UserError for an unknown family, an unknown setting or a setting that the family refuses."""
-    from reasoning_gym.factory import DATASETS, create_dataset
+    from reasoning_gym.factory import DATASETS
 
     if not families:
         raise UserError(f"{field}: the source reasoning-gym needs at least one family, for example chain_sum: {{}}")
     for family, config in families.items():
         if family not in DATASETS:
             raise UserError(f"{field}.{family}: reasoning-gym has no family '{family}'{_near(family, DATASETS)}")
-        known = {f.name for f in dataclasses.fields(DATASETS[family][1])} - {"seed", "size"}
+        settings_class = DATASETS[family][1]
+        known = {f.name for f in dataclasses.fields(settings_class)} - {"seed", "size"}
         for key in config or {}:
             if key in ("seed", "size"):
                 raise UserError(f"{field}.{family}.{key}: set by the recipe's own seed and count; remove it")
             if key not in known:
                 raise UserError(f"{field}.{family}.{key}: '{family}' has no setting '{key}'{_near(key, known)}")
         try:
-            create_dataset(family, seed=0, size=1, **(config or {}))
+            chosen = settings_class(seed=0, size=1, **(config or {}))
+            if hasattr(chosen, "validate"):  # two families' settings have none
+                chosen.validate()
         except (AssertionError, ValueError, TypeError) as error:
             settings = json.dumps(dict(config or {}), default=str)
             raise UserError(f"{field}.{family}: '{family}' does not accept the settings {settings}: {error}") from error
