@@ -56,8 +56,11 @@ def environment() -> dict[str, Any]:
         "packages": {name: installed for name in PACKAGES if (installed := installed_version(name))},
         "commit": git_commit(Path(__file__).resolve().parent.parent),
         "command": sys.argv,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def installed_version(package: str) -> str | None:

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from distill.errors import UserError
 from distill.files import sha256_json, sha256_tree
-from distill.manifest import environment
 from distill.progress import clock
 from distill.recipe import ProblemSource, Recipe
 from distill.runfolder import RunFolder
@@ -139,7 +138,6 @@ def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: boo
     """
     console = Console(stderr=True, highlight=False)
     with RunFolder.open(folder, recipe) as run:
-        run.manifest.update(environment=environment())
         console.print(f"run {recipe.name} in {folder}", soft_wrap=True)
         order = [stage.name for stage in STAGES]
         first = order.index(names[0])

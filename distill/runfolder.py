@@ -14,7 +14,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.files import write_atomic
-from distill.manifest import Manifest, peak_rss_bytes
+from distill.manifest import Manifest, environment, peak_rss_bytes, utc_now
 from distill.progress import Progress
 from distill.recipe import Recipe
 from distill.recipe_load import dump_recipe, recipe_hash
@@ -27,10 +27,11 @@ class RunFolder:
         self.folder, self.recipe, self._lock = folder, recipe, lock
         self.manifest = Manifest(folder / "manifest.json")
         self._running: tuple[str, float, float] | None = None  # stage, monotonic start, seconds of earlier attempts
+        self._environment: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, path: Path | str, recipe: Recipe) -> "RunFolder":
-        """Create the folder if need be, lock it, and write the resolved recipe into it.
+        """Create the folder if need be and lock it.
 
         Raises UserError if another process holds it or `path` is not a folder.
         """
@@ -41,13 +42,10 @@ class RunFolder:
             raise UserError(f"{folder}: is a file, expected a run folder") from None
         lock = _lock(folder)
         try:
-            run = cls(folder, recipe, lock)
-            write_atomic(folder / "recipe.yaml", dump_recipe(recipe).encode())
-            run.manifest.update(name=recipe.name, recipe=recipe_hash(recipe), seed=recipe.seed)
+            return cls(folder, recipe, lock)
         except BaseException:
             os.close(lock)
             raise
-        return run
 
     def path(self, *parts: str) -> Path:
         """A path inside the run folder; nothing is created."""
@@ -63,16 +61,24 @@ class RunFolder:
         return entry.get("status") == "done" and entry.get("inputs") == inputs
 
     def begin(self, stage: str, inputs: str) -> None:
-        """Mark the stage as running. Seconds go on from an unfinished attempt on the same inputs, else from zero."""
+        """Mark the stage as running, and write down the recipe and the environment that it runs with.
+
+        Seconds go on from an unfinished attempt on the same inputs, else from zero.
+        """
+        write_atomic(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
+        if self._environment is None:
+            self._environment = environment()
         entry = self.manifest.stage(stage)
         same = entry.get("inputs") == inputs and entry.get("status") == "running"
         earlier = float(entry.get("seconds", 0.0)) if same else 0.0
         attempts = int(entry.get("attempts", 0)) + 1 if same else 1
         self.manifest.data["stages"][stage] = {
             "status": "running", "inputs": inputs, "seconds": earlier, "attempts": attempts,
+            "commit": self._environment["commit"], "started": utc_now(),
         }  # fmt: skip
         self._running = (stage, time.monotonic(), earlier)
-        self.manifest.save()
+        identity = {"name": self.recipe.name, "recipe": recipe_hash(self.recipe), "seed": self.recipe.seed}
+        self.manifest.update(**identity, environment=self._environment)
 
     def beat(self) -> None:
         """Write down the seconds so far."""

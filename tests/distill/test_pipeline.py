@@ -154,12 +154,15 @@ def test_a_failed_stage_is_unfinished_and_later_ones_wait(start, tmp_path, monke
     assert start() == ["filter", "train", "eval", "report"]
 
 
-def test_a_single_stage_wants_the_same_recipe_before_it(start):
+def test_a_single_stage_wants_the_same_recipe_before_it(start, tmp_path):
     start()
     assert start("students.0.epochs=1", stages=["train"]) == ["train"]
     with pytest.raises(UserError, match=r"stage 'traces' was made from other settings or files; run `distill traces`"):
         start("sampling.temperature=1.0", stages=["train"])
+    recipe = tmp_path / "run" / "recipe.yaml"
+    assert load_recipe(recipe).sampling.temperature == 0.6, "a refused start leaves the recipe of what was run"
     assert start("sampling.temperature=1.0", stages=["report"], force=True) == ["report"]
+    assert load_recipe(recipe).sampling.temperature == 1.0
 
 
 def test_somebody_else_s_files_are_taken_as_they_are(start, tmp_path):

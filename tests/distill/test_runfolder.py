@@ -82,6 +82,7 @@ def test_other_inputs_start_the_stage_afresh(tmp_path):
 
 def test_resolved_recipe_and_identity_are_written(tmp_path):
     with RunFolder.open(tmp_path / "run", RECIPE) as run:
+        run.begin("problems", "one")
         assert load_recipe(run.folder) == RECIPE
         assert run.path("a", "b") == tmp_path / "run" / "a" / "b"
         assert not run.path("a").exists()
