@@ -1,0 +1,133 @@
+"""Each filter alone: what passes, what does not, and a reason that says what was found."""
+
+import pytest
+
+from distill.filters import ORDER, correctness, duplicates, filter_module, length, truncation
+from distill.filters import format as format_filter
+from distill.recipe import CorrectnessFilter, DuplicatesFilter, FormatFilter, LengthFilter
+from tests.distill.small_run import problem, trace
+
+
+def judge(module, traces, problems=None, settings=None):
+    problems = problems or [problem()]
+    return module.check(traces, {p["id"]: p for p in problems}, settings)
+
+
+def one(module, text, settings, of=None, end="stop"):
+    of = of or problem()
+    [verdict] = judge(module, [trace(of, text, end=end)], [of], settings)
+    return verdict
+
+
+def test_every_filter_has_the_same_interface():
+    for name in ORDER:
+        module = filter_module(name)
+        assert callable(module.check) and isinstance(module.VERSION, int)
+        assert judge(module, []) == []
+
+
+@pytest.mark.parametrize(
+    ("end", "passed", "reason"),
+    [
+        ("stop", True, "ended by itself"),
+        ("length", False, r"cut off after 6 tokens \(max_tokens 64\)"),
+        ("prompt_too_long", False, "never sent: the prompt of 5 tokens"),
+        ("content_filter", False, "did not end by itself: content_filter"),
+    ],
+)
+def test_truncation(end, passed, reason):
+    import re
+
+    verdict = one(truncation, "2 and 2 is 4.\n</think>\n\n\\boxed{4}", None, end=end)
+    assert verdict.passed == passed and re.match(reason, verdict.reason)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\n</think>\n\nSo \\boxed{4}.",
+        "<think>\na\n</think>\n\n\\boxed{4}",
+        "  <think>a</think>\\boxed{\\frac{1}{2}}",
+        "if a<b then 3|x, [x] and <x> stay\n</think>\n\n\\boxed{4}",
+        "the bars <| and |> alone, a < s > b\n</think>\n\n\\boxed{4}",
+    ],
+)
+def test_format_accepts(text):
+    assert one(format_filter, text, FormatFilter()) == (True, "one think block, then an answer")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a \\boxed{4}", "the thinking never closes"),
+        ("a </think> b </think> \\boxed{4}", "2 closing </think> tags, expected one"),
+        ("<think><think> a </think> \\boxed{4}", "the thinking opens again at character 7"),
+        ("a <think> b </think> \\boxed{4}", "the thinking opens again at character 2"),
+        ("a </think> \\boxed{4} <think>", "the thinking opens again at character 21"),
+        ("a <｜User｜> b </think> \\boxed{4}", "template token <｜User｜> at character 2"),
+        ("a </think> \\boxed{4}<｜end▁of▁sentence｜>", "template token <｜end▁of▁sentence｜> at character 20"),
+        ("a </think> \\boxed{4}<|im_end|>", "template token <|im_end|> at character 20"),
+        ("a </think> \\boxed{4}<|im_start|>user", "template token <|im_start|>"),
+        ("a <|eot_id|> </think> \\boxed{4}", "template token <|eot_id|>"),
+        ("[INST] a </think> \\boxed{4}", "template token [INST] at character 0"),
+        ("a </think> \\boxed{4}</s>", "template token </s>"),
+        ("a <end_of_turn> </think> \\boxed{4}", "template token <end_of_turn>"),
+        ("  </think> \\boxed{4}", "the reasoning is empty"),
+        ("a </think> ", "nothing after </think>"),
+        ("a \\boxed{4} </think> It is 4.", "no \\boxed{} after </think>; there is one in the reasoning"),
+        ("a </think> It is 4.", "no \\boxed{} after </think>"),
+        ("a </think> \\boxed{4", "no \\boxed{} after </think>"),
+        ("a </think> \\boxed{ }", "the \\boxed{} after </think> is empty"),
+    ],
+)
+def test_format_rejects_and_says_what_it_found(text, reason):
+    verdict = one(format_filter, text, FormatFilter())
+    assert not verdict.passed and verdict.reason.startswith(reason)
+
+
+def test_format_asks_for_a_box_only_where_an_answer_is_graded_by_it():
+    text = "Let me think.\n</think>\n\nDear reader, ..."
+    assert one(format_filter, text, FormatFilter(), problem(kind="open")).passed
+    assert one(format_filter, text, FormatFilter(), problem(kind="code")).passed
+    assert not one(format_filter, text, FormatFilter(), problem(kind="exact")).passed
+    assert one(format_filter, "a</think>\n\nAnswer: B", FormatFilter(), problem(kind="choice")).passed
+
+
+def test_length_bounds():
+    of = problem()
+    text = "one two three four five\n</think>\n\n\\boxed{4}"
+    assert one(length, text, LengthFilter(max_reasoning_tokens=5), of) == (True, "5 reasoning tokens")
+    assert one(length, text, LengthFilter(max_reasoning_tokens=4), of) == (False, "5 reasoning tokens, more than 4")
+    assert one(length, text, LengthFilter(min_reasoning_tokens=6), of) == (False, "5 reasoning tokens, fewer than 6")
+    assert one(length, text, LengthFilter(), of).passed
+    assert not one(length, "</think>\\boxed{4}", LengthFilter(), of).passed
+
+
+def test_correctness():
+    word = problem("Spell abc backward.", "cba", "exact")
+    half = problem("Half of one?", "\\frac{1}{2}")
+    none = problem("Why?", None)
+    cases = [
+        (problem(), "x</think>\\boxed{4}", "stop", True, "correct: 4 = 4"),
+        (problem(), "x</think>\\boxed{4.0}", "stop", True, "correct: 4.0 = 4"),
+        (problem(), "x</think>\\boxed{5}", "stop", False, "wrong: 5 ≠ 4"),
+        (problem(), "\\boxed{4}</think>nothing", "stop", False, "wrong: no answer"),
+        (problem(), "x</think>\\boxed{4}", "length", False, "wrong: did not end by itself"),
+        (half, "x</think>\\boxed{0.5}", "stop", True, "correct: 0.5 = \\frac{1}{2}"),
+        (word, "x</think>\\boxed{cba}", "stop", True, "correct: cba = cba"),
+        (word, "x</think>\\boxed{abc}", "stop", False, "wrong: abc ≠ cba"),
+        (none, "x</think>\\boxed{4}", "stop", False, "unverifiable: the problem has no reference answer"),
+    ]
+    traces = [trace(of, text, sample, end) for sample, (of, text, end, *_) in enumerate(cases)]
+    verdicts = judge(correctness, traces, [problem(), word, half, none], CorrectnessFilter())
+    for verdict, (*_, passed, reason) in zip(verdicts, cases, strict=True):
+        assert verdict.passed == passed and verdict.reason.startswith(reason), (verdict, reason)
+
+
+def test_duplicates_keep_the_first_with_the_same_reasoning_for_the_same_problem():
+    first, other = problem("A?"), problem("B?")
+    texts = ["Same  Thoughts\n</think>\n\n\\boxed{4}", "same thoughts</think>It is \\boxed{4}", "other</think>\\boxed{4}"]
+    traces = [trace(first, text, sample) for sample, text in enumerate(texts)] + [trace(other, texts[0])]
+    verdicts = judge(duplicates, traces, [first, other], DuplicatesFilter())
+    assert [v.passed for v in verdicts] == [True, False, True, True]
+    assert verdicts[1].reason == f"same reasoning as sample 0 (trace {traces[0]['id']})"
