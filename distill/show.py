@@ -1,0 +1,239 @@
+"""`distill show RUN`: a run's traces in the terminal, each with its verdicts beside it.
+
+On a terminal the traces stream into a pager (less), one after the other, so that a million of them start as
+fast as one; into a pipe they go as plain text. Model text is hostile to a terminal too: control characters
+and reordering marks are shown by name and never sent.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from distill.errors import UserError
+from distill.jsonl import read_jsonl
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+Row = dict[str, Any]
+
+STATUSES = ("all", "accepted", "rejected")
+# Side by side needs this many columns; narrower terminals get the verdicts below the text.
+WIDE = 100
+
+# C0 but for newline and tab, DEL, C1, line separators, marks that reorder text, and lone surrogates.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which traces to show; every field that is set must hold."""
+
+    status: str = "all"
+    family: str | None = None
+    failed: str | None = None  # name of a filter that the trace failed
+    problem: str | None = None  # beginning of a problem's id
+    trace: str | None = None  # beginning of a trace's id
+
+
+@dataclass(frozen=True)
+class Item:
+    trace: Row
+    problem: Row
+    line: Row | None  # the trace's line of verdicts.jsonl; None where the filters have not seen it
+
+
+def run(
+    folder: Path,
+    *,
+    status: str = "all",
+    family: str | None = None,
+    failed: str | None = None,
+    problem: str | None = None,
+    trace: str | None = None,
+    limit: int | None = None,
+) -> None:
+    """Page the traces of a run folder; see Choice for the filters.
+
+    Raises UserError if there are no traces, a filter needs verdicts that do not exist, or a name is unknown.
+    """
+    choice = Choice(status, family, failed, problem, trace)
+    items = chosen(folder, choice)
+    first = next(items, None)
+    if first is None:
+        print("no trace matches", file=sys.stderr)
+        return
+    with _output() as (console, stream):
+        for item in islice(chain([first], items), limit):
+            # Captured and written here: when the reader goes away, rich would end the process with an error code.
+            with console.capture() as captured:
+                for part in rendered(item, console):
+                    console.print(part, soft_wrap=not console.is_terminal)
+            stream.write(captured.get())
+
+
+def chosen(folder: Path, choice: Choice) -> Iterator[Item]:
+    """The traces that fit, in the file's order, read as they are asked for. Names are checked before the first one."""
+    path = folder / "traces" / "traces.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `distill traces` writes it")
+    problems = {row["id"]: row for row in _rows(folder / "problems.jsonl")}
+    ledger = {row["trace_id"]: row for row in _rows(folder / "verdicts.jsonl")}
+    _check(folder, choice, problems, ledger)
+    for trace in _rows(path):
+        item = Item(trace, problems.get(trace["problem_id"], {}), ledger.get(trace["id"]))
+        if _fits(item, choice):
+            yield item
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    return (row for _, row in read_jsonl(path, torn_ok=True)) if path.is_file() else iter(())
+
+
+def _check(folder: Path, choice: Choice, problems: dict[str, Row], ledger: dict[str, Row]) -> None:
+    if choice.status not in STATUSES:
+        raise UserError(f"status '{choice.status}' is not known; choose one of {', '.join(STATUSES)}")
+    if (choice.status != "all" or choice.failed) and not ledger:
+        raise UserError(f"{folder}: the traces have no verdicts yet; run `distill filter` first")
+    if choice.failed:
+        names = list(dict.fromkeys(name for line in ledger.values() for name in line["verdicts"]))
+        if choice.failed not in names:
+            raise UserError(f"no filter '{choice.failed}' judged these traces; there are {', '.join(names)}")
+    families = {_family(row) for row in problems.values()}
+    if choice.family and choice.family not in families:
+        raise UserError(f"no problem is of family '{choice.family}'; there are {', '.join(sorted(families))}")
+    if choice.problem and not any(key.startswith(choice.problem) for key in problems):
+        raise UserError(f"{folder / 'problems.jsonl'}: no problem's id begins with '{choice.problem}'")
+
+
+def _family(problem: Row) -> str:
+    return str(problem.get("meta", {}).get("family") or problem.get("source") or "unknown")
+
+
+def _fits(item: Item, choice: Choice) -> bool:
+    if choice.status != "all" and (item.line is None or item.line["accepted"] != (choice.status == "accepted")):
+        return False
+    if choice.failed and (item.line is None or item.line["verdicts"].get(choice.failed, {}).get("pass", True)):
+        return False
+    return (
+        (choice.family is None or _family(item.problem) == choice.family)
+        and item.trace["problem_id"].startswith(choice.problem or "")
+        and item.trace["id"].startswith(choice.trace or "")
+    )
+
+
+def visible(text: object) -> str:
+    """Text that a terminal can only show: unsafe characters become <U+001B> and the like."""
+    return _UNSAFE.sub(lambda found: f"<U+{ord(found.group()):04X}>", str(text))
+
+
+def judgement(item: Item) -> tuple[str, str]:
+    """What became of the trace, and the style that says so."""
+    if item.line is None:
+        return "not judged", "yellow"
+    failed = [name for name, said in item.line["verdicts"].items() if not said["pass"]]
+    return ("accepted", "green") if item.line["accepted"] else (f"rejected: {', '.join(failed)}", "red")
+
+
+def rendered(item: Item, console: "Console") -> "Iterator[RenderableType]":
+    """One trace for the console's width: verdicts beside the text, or below it where there is no room."""
+    from rich.console import Group
+    from rich.rule import Rule
+    from rich.table import Table
+    from rich.text import Text
+
+    said, style = judgement(item)
+    trace = item.trace
+    family = visible(_family(item.problem))
+    title = Text.assemble((visible(trace["id"]), "bold"), f"  {family}  ", (visible(said), style))
+    if console.is_terminal:
+        yield Rule(style="dim")
+    yield title
+    facts = f"problem {trace['problem_id']}  sample {trace['sample']}  ended by {trace['finish_reason']}"
+    prompt, reasoning, answer = (trace[f"{part}_tokens"] for part in ("prompt", "reasoning", "answer"))
+    yield Text(visible(f"{facts}  {prompt} prompt, {reasoning} reasoning, {answer} answer tokens"), style="dim")
+    texts = _texts(item)
+    verdicts = _verdicts(item)
+    if console.is_terminal and console.width >= WIDE:
+        table = Table.grid(padding=(0, 3), expand=True)
+        table.add_column(ratio=1)
+        table.add_column(width=36)
+        table.add_row(Group(*texts), Group(*verdicts))
+        yield table
+    else:
+        yield from texts
+        yield from verdicts
+    yield Text("")
+
+
+def _texts(item: Item) -> "list[RenderableType]":
+    from rich.text import Text
+
+    trace = item.trace
+    question = item.problem.get("problem") or trace["messages"][0]["content"]
+    reference = item.problem.get("answer")
+    parts = [("problem", question), ("reasoning", trace["reasoning"]), ("answer", trace["response"] or "(none)")]
+    parts.append(("reference answer", "(none)" if reference is None else reference))
+    lines: list[RenderableType] = []
+    for name, text in parts:
+        lines += [Text(name, style="bold cyan"), Text(visible(text))]
+    return lines
+
+
+def _verdicts(item: Item) -> "list[RenderableType]":
+    from rich.text import Text
+
+    lines: list[RenderableType] = [Text("verdicts", style="bold cyan")]
+    if item.line is None:
+        return [*lines, Text("the filters have not seen this trace", style="yellow")]
+    for name, said in item.line["verdicts"].items():
+        word, style = ("pass", "green") if said["pass"] else ("FAIL", "red")
+        reason = " ".join(visible(said["reason"]).split())
+        lines.append(Text.assemble((word, style), f"  {visible(name)}: ", (reason, "dim")))
+    return lines
+
+
+@contextmanager
+def _output() -> "Iterator[tuple[Console, IO[str]]]":
+    """A console to render with and a stream to write to: the pager's, or stdout where that is not a terminal.
+
+    A reader that goes away early (`q` in the pager, `| head`) is no error.
+    """
+    from rich.console import Console
+
+    if not sys.stdout.isatty():
+        with suppress(AttributeError):  # a stdout replaced by a test or a notebook
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        try:
+            yield Console(file=sys.stdout, force_terminal=False, no_color=True, highlight=False), sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Python would complain again when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    command = shlex.split(os.environ.get("PAGER", "less"))
+    if not command or shutil.which(command[0]) is None:
+        yield Console(highlight=False), sys.stdout
+        return
+    # R: colours pass; F: leave at once if it all fits; X: leave the text on the screen.
+    settings = {"LESS": "FRX", **os.environ}
+    width = shutil.get_terminal_size().columns
+    pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=settings, encoding="utf-8", errors="replace")
+    assert pager.stdin is not None
+    try:
+        yield Console(force_terminal=True, width=width, highlight=False), pager.stdin
+    except BrokenPipeError:
+        pass
+    finally:
+        with suppress(BrokenPipeError):
+            pager.stdin.close()
+        pager.wait()
