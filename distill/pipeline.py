@@ -142,7 +142,7 @@ def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: boo
         order = [stage.name for stage in STAGES]
         first = order.index(names[0])
         for stage in STAGES[:first]:
-            _require_complete(stage, recipe, run, needed=stage is STAGES[first - 1], fresh=not force)
+            _require_complete(stage, recipe, run, needed=stage is STAGES[first - 1] and not force, fresh=not force)
         for stage in STAGES[first : first + len(names)]:
             inputs = stage_inputs(stage, recipe, run)
             if not force and is_done(stage, inputs, recipe, run):

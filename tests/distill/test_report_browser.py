@@ -3,6 +3,7 @@
 Needs a Chromium; on Debian and Ubuntu: apt-get install chromium.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,7 +188,8 @@ def test_text_contrast_in_both_schemes(browser: Browser, pages: dict[str, Path])
       const poor = [];
       for (const node of document.querySelectorAll('body *')) {
         const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-        if (!own || node.closest('script, noscript, option, button:disabled') || !node.getClientRects().length) continue;
+        const hidden = node.closest('script, noscript, option, button:disabled') || !node.getClientRects().length;
+        if (!own || hidden) continue;
         const style = getComputedStyle(node);
         const [a, b] = [light(rgb(node instanceof SVGElement ? style.fill : style.color)), light(behind(node))];
         const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
@@ -222,7 +224,7 @@ def test_headings_are_in_order_and_controls_have_names(browser: Browser, pages: 
     browser.open(pages["plain"])
     levels = browser.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((h) => Number(h.tagName[1]))")
     assert levels.count(1) == 1 and levels[0] == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
     roles = {"button", "link", "combobox", "searchbox", "checkbox", "image", "region"}
     nameless = [n for n in nodes if n.get("role", {}).get("value") in roles and not n.get("name", {}).get("value")]

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,14 @@ def test_any_part_of_a_run_has_a_page(tmp_path: Path, done: int) -> None:
     assert set(re.findall(r'href="#(\w+)"', html)) == set(shown)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(results["missing"]) == [5, 5, 4, 3, 1, 0][done]
+
+
+def test_report_command_on_half_a_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs" / "half", stages=("problems", "traces"))
+    command = [sys.executable, "-m", "distill", "report", str(folder)]
+    done = subprocess.run(command, cwd=Path(report.__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout and (folder / "report.html").is_file()
 
 
 def test_reader_shows_as_many_as_asked_and_rejected_ones_among_them(tmp_path: Path) -> None:
