@@ -76,7 +76,9 @@ def problem(text: str = "What is 2 + 2?", answer: str | None = "4", kind: Any = 
     return {"id": identity, "problem": text, "answer": answer, "kind": kind, "source": "test", "meta": {}}
 
 
-def trace(of: Problem, text: str = "2 and 2 is 4.\n</think>\n\n\\boxed{4}", sample: int = 0, end: str = "stop") -> Trace:
+def trace(
+    of: Problem, text: str = "2 and 2 is 4.\n</think>\n\n\\boxed{4}", sample: int = 0, end: str = "stop"
+) -> Trace:
     from distill.reasoning import split_reasoning
 
     reasoning, response = split_reasoning(text)

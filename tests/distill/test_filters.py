@@ -126,7 +126,11 @@ def test_correctness():
 
 def test_duplicates_keep_the_first_with_the_same_reasoning_for_the_same_problem():
     first, other = problem("A?"), problem("B?")
-    texts = ["Same  Thoughts\n</think>\n\n\\boxed{4}", "same thoughts</think>It is \\boxed{4}", "other</think>\\boxed{4}"]
+    texts = [
+        "Same  Thoughts\n</think>\n\n\\boxed{4}",
+        "same thoughts</think>It is \\boxed{4}",
+        "other</think>\\boxed{4}",
+    ]
     traces = [trace(first, text, sample) for sample, text in enumerate(texts)] + [trace(other, texts[0])]
     verdicts = judge(duplicates, traces, [first, other], DuplicatesFilter())
     assert [v.passed for v in verdicts] == [True, False, True, True]

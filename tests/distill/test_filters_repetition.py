@@ -48,7 +48,7 @@ def test_a_loop_is_found_where_it_is(period, times, before):
 
 
 def test_a_text_that_starts_to_loop_and_is_cut_in_mid_loop():
-    words = prose(200) + "Wait , let me check again .".split() * 9 + ["Wait", ","]
+    words = prose(200) + ["Wait", ",", "let", "me", "check", "again", "."] * 9 + ["Wait", ","]
     assert "7 words said 9.29 times, 'Wait , let me check again .'" in verdict(" ".join(words)).reason
 
 
@@ -104,7 +104,9 @@ def worked(count):
 
 
 def test_digit_by_digit_arithmetic_is_no_repetition():
-    lines = "98+93=(98+93) 98+93: 8+3+0=11 9+9+1=19 =191 191\n191-77=(191-77) 191-77: 1-7-0=14 9-7-1=01 1-0-0=01 =114 114"
+    lines = (
+        "98+93=(98+93) 98+93: 8+3+0=11 9+9+1=19 =191 191\n191-77=(191-77) 191-77: 1-7-0=14 9-7-1=01 1-0-0=01 =114 114"
+    )
     assert verdict(lines).passed
     rejected = [found.reason for text in worked(600) if not (found := verdict(text)).passed]
     assert len(rejected) <= 1, rejected

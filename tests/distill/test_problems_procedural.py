@@ -55,7 +55,11 @@ def test_stream_does_not_depend_on_the_process():
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(families)], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, json.dumps(families)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert json.loads(done.stdout) == take(40, families=families, seed=3)
 
@@ -78,7 +82,7 @@ def test_a_small_family_runs_out_and_says_how_many_there_are():
     families = {"gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 9}}
     stream = reasoning_gym_problems(families, 0, "train")
     found = []
-    with pytest.raises(UserError, match="'gcd' has only (\\d+) distinct training problems") as error:
+    with pytest.raises(UserError, match=r"'gcd' has only (\d+) distinct training problems") as error:
         found.extend(iter(lambda: next(stream), None))
     everything = {problem_hash(p["problem"]) for p in take(3000, families=families, split="train", unique=False)}
     assert f"only {len(everything)} distinct" in str(error.value)

@@ -22,7 +22,9 @@ GSM8K = [
 
 
 def write_lines(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -71,7 +73,12 @@ def test_dotted_and_indexed_fields_numbers_and_ids(tmp_path):
     row = {"messages": [{"content": "What is 6 * 7?"}], "reward": {"truth": 42.0}, "extra.key": "x", "uid": 9}
     path = write_lines(tmp_path / "p.jsonl", [row])
     [one] = read(path, problem="messages.0.content", answer="reward.truth", id="uid", kind="exact")
-    assert (one["problem"], one["answer"], one["kind"], one["meta"]["source_id"]) == ("What is 6 * 7?", "42", "exact", "9")
+    assert (one["problem"], one["answer"], one["kind"], one["meta"]["source_id"]) == (
+        "What is 6 * 7?",
+        "42",
+        "exact",
+        "9",
+    )
     assert read(path, problem="extra.key", answer=None)[0]["problem"] == "x"
 
 
@@ -90,7 +97,11 @@ def test_answers_may_be_missing_on_purpose(tmp_path):
         ([{"problem": "a"}], {}, r"p\.jsonl:1: the row has no field 'answer' \(problems\.answer\); it has problem"),
         ([{"problem": " ", "answer": "1"}], {}, r"p\.jsonl:1: the field 'problem' \(problems\.problem\) is empty"),
         ([{"problem": None, "answer": "1"}], {}, r"p\.jsonl:1: the field 'problem' .* is empty"),
-        ([{"problem": "a", "answer": ["1"]}], {}, r"p\.jsonl:1: the field 'answer' .* is a list, expected text or a number"),
+        (
+            [{"problem": "a", "answer": ["1"]}],
+            {},
+            r"p\.jsonl:1: the field 'answer' .* is a list, expected text or a number",
+        ),
         ([{"problem": "a", "answer": True}], {}, "is a bool"),
         ([{"problem": "a", "x": [1]}], {"answer": "x.3"}, r"no field 'x\.3'"),
     ],

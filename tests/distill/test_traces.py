@@ -30,7 +30,7 @@ def run_stages(folder, monkeypatch, recipe, reply=None, identity="fake@000000000
 
 
 def test_every_problem_gets_its_samples_with_distinct_seeds(tmp_path, monkeypatch):
-    facts, teacher = run_stages(tmp_path, monkeypatch, make_recipe())
+    facts, _ = run_stages(tmp_path, monkeypatch, make_recipe())
     rows = lines(tmp_path)
     assert len(rows) == 24 == len({row["id"] for row in rows}) == facts["traces"]
     assert len({row["sampling"]["seed"] for row in rows}) == 24
@@ -47,7 +47,13 @@ def test_the_id_can_be_recomputed_from_the_line(tmp_path, monkeypatch):
     run_stages(tmp_path, monkeypatch, make_recipe())
     asked = {p["id"]: p for p in problems.read_problems(tmp_path / "problems.jsonl")}
     for row in lines(tmp_path):
-        content = [row["problem_id"], asked[row["problem_id"]]["problem"], row["sample"], row["sampling"], row["teacher"]]
+        content = [
+            row["problem_id"],
+            asked[row["problem_id"]]["problem"],
+            row["sample"],
+            row["sampling"],
+            row["teacher"],
+        ]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         assert row["id"] == hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -76,13 +82,15 @@ def test_a_second_run_asks_nothing_and_does_not_even_load_the_teacher(tmp_path, 
 def test_more_samples_only_add(tmp_path, monkeypatch):
     run_stages(tmp_path, monkeypatch, make_recipe())
     before = ids(tmp_path)
-    facts, teacher = run_stages(tmp_path, monkeypatch, make_recipe(sampling={"samples": 3}))
+    facts, _ = run_stages(tmp_path, monkeypatch, make_recipe(sampling={"samples": 3}))
     assert facts["made"] == 12 and ids(tmp_path)[:24] == before
     fewer, _ = run_stages(tmp_path, monkeypatch, make_recipe(sampling={"samples": 1}))
     assert (fewer["made"], fewer["traces"], fewer["stale"]) == (0, 12, 24)
 
 
-@pytest.mark.parametrize("section", [{"sampling": {"temperature": 0.7}}, {"seed": 5}, {"sampling": {"instruction": "Box."}}])
+@pytest.mark.parametrize(
+    "section", [{"sampling": {"temperature": 0.7}}, {"seed": 5}, {"sampling": {"instruction": "Box."}}]
+)
 def test_other_settings_make_other_traces_and_the_old_ones_wait(tmp_path, monkeypatch, section):
     reply = lambda ask: (WORDS, "stop")  # noqa: E731
     run_stages(tmp_path, monkeypatch, make_recipe(), reply)
@@ -173,7 +181,9 @@ def test_parquet_has_the_current_traces_in_the_plans_order(tmp_path, monkeypatch
     reply = lambda ask: (WORDS, "stop")  # noqa: E731
     run_stages(tmp_path, monkeypatch, make_recipe(seed=1), reply)
     run_stages(tmp_path, monkeypatch, make_recipe(), reply)
-    table = datasets.Dataset.from_parquet(str(tmp_path / "traces" / "traces.parquet"), cache_dir=str(tmp_path / "cache"))
+    table = datasets.Dataset.from_parquet(
+        str(tmp_path / "traces" / "traces.parquet"), cache_dir=str(tmp_path / "cache")
+    )
     expected = [(p["id"], k) for p in problems.read_problems(tmp_path / "problems.jsonl") for k in range(2)]
     assert [(row["problem_id"], row["sample"]) for row in table] == expected
     by_id = {row["id"]: row for row in lines(tmp_path)}

@@ -51,7 +51,10 @@ def test_killed_runs_end_in_the_same_set_of_traces(tmp_path):
     recipe = make_recipe(problems={"count": 40}, sampling={"samples": 3})
     with open_run(tmp_path, recipe) as run:
         problems.run(recipe, run)
-        wanted = {ask.id for _, _, ask in plan(recipe, problems.read_problems(run.path("problems.jsonl")), "fake@000000000000")}
+        wanted = {
+            ask.id
+            for _, _, ask in plan(recipe, problems.read_problems(run.path("problems.jsonl")), "fake@000000000000")
+        }
     path = tmp_path / "traces" / "traces.jsonl"
     pause = random.Random(0)
     survived = []
@@ -64,7 +67,7 @@ def test_killed_runs_end_in_the_same_set_of_traces(tmp_path):
         child.send_signal(signal.SIGKILL)
         child.wait()
         survived.append(path.read_bytes().rpartition(b"\n")[0].split(b"\n"))
-    assert 0 < len(survived[0]) < len(survived[1]) < len(survived[2]) < len(wanted), "the kills came too late to prove anything"
+    assert 0 < len(survived[0]) < len(survived[1]) < len(survived[2]) < len(wanted), "the kills came too late"
     # As a power cut leaves it, which a kill of the process alone does only by chance.
     with open(path, "ab") as file:
         file.write(b'{"id": "torn')
