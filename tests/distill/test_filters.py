@@ -1,11 +1,19 @@
 """Each filter alone: what passes, what does not, and a reason that says what was found."""
 
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 from distill.filters import ORDER, correctness, duplicates, filter_module, length, truncation
 from distill.filters import format as format_filter
 from distill.recipe import CorrectnessFilter, DuplicatesFilter, FormatFilter, LengthFilter
 from tests.distill.small_run import problem, trace
+
+DATA = Path(os.environ.get("DISTILL_DATA", Path(__file__).resolve().parents[2] / ".." / "shared" / "data"))
 
 
 def judge(module, traces, problems=None, settings=None):
@@ -91,6 +99,17 @@ def test_format_asks_for_a_box_only_where_an_answer_is_graded_by_it():
     assert one(format_filter, text, FormatFilter(), problem(kind="code")).passed
     assert not one(format_filter, text, FormatFilter(), problem(kind="exact")).passed
     assert one(format_filter, "a</think>\n\nAnswer: B", FormatFilter(), problem(kind="choice")).passed
+
+
+@pytest.mark.skipif(not (DATA / "traces").is_dir(), reason="no real traces (DISTILL_DATA)")
+def test_format_of_real_r1_traces_lacks_nothing_but_boxes():
+    # Asked without the boxed instruction; one of the 323 is an error message of the service instead of a trace.
+    with gzip.open(DATA / "traces" / "r1_normal.jsonl.gz", "rt", encoding="utf-8") as file:
+        replies = [json.loads(line)["response"] for line in file]
+    of = problem()
+    found = judge(format_filter, [trace(of, reply, k) for k, reply in enumerate(replies)], [of], FormatFilter())
+    reasons = Counter(verdict.reason for verdict in found if not verdict.passed)
+    assert reasons == {"no \\boxed{} after </think>": 30, "the thinking never closes": 1}
 
 
 def test_length_bounds():
