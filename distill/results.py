@@ -66,10 +66,10 @@ def _lines(path: Path) -> int:
 
 def _funnel(folder: Path, missing: list[str]) -> list[Row]:
     if not (folder / "traces" / "traces.jsonl").is_file():
-        missing.append("no traces yet: `distill traces` has not run")
+        missing.append("no traces yet: 'distill traces' has not run")
     path = folder / "funnel.json"
     if not path.is_file():
-        missing.append("no verdicts and no dataset yet: `distill filter` has not run")
+        missing.append("no verdicts and no dataset yet: 'distill filter' has not run")
         return []
     return json.loads(path.read_bytes())
 
@@ -84,7 +84,7 @@ def _compare(recipe: Recipe, folder: Path, missing: list[str]) -> Row:
 
     evals = folder / "evals"
     if not evals.is_dir():
-        missing.append("no comparison yet: `distill eval` has not run")
+        missing.append("no comparison yet: 'distill eval' has not run")
         return {"teacher": None, "students": [], "families": [], "tasks": []}
     students: list[Compared] = []
     for student in recipe.students:
