@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from evals.sampling import draw, uniforms
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 ATTENTION = "distill_slots"
@@ -67,8 +68,6 @@ class SlotCache:
     is_compileable = False
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
-        import torch
-
         config = model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -111,8 +110,6 @@ def _attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for ATTENTION: at decode the queries of a group are taken as queries of one sequence."""
-    from torch.nn.functional import scaled_dot_product_attention
-
     batch, heads, length, size = query_BHTD.shape
     groups = heads // key_BKSD.shape[1]
     if length == 1:  # all queries of a group see the same keys and share a mask
@@ -146,22 +143,19 @@ class Decoder:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Sample every request. Order of the results: as they end."""
-        import torch
-
         # Longest prompts first: rows of a prefill then differ little in length.
         pending = deque(sorted(requests, key=lambda request: -len(request.prompt_ids)))
         if not pending:
             return
         longest = max(len(request.prompt_ids) + request.max_tokens for request in pending)
         slots = min(self.batch_size, len(pending))
-        with torch.inference_mode():
-            batch = _Batch(self.model, slots, longest)
-            refill = max(1, slots // 16)  # a prefill costs about as much as a step, so not for every single slot
-            while pending or batch.rows:
-                free = slots - len(batch.rows)
-                if pending and (free >= min(refill, len(pending)) or not batch.rows):
-                    batch.add([pending.popleft() for _ in range(min(free, len(pending)))])
-                yield from batch.step()
+        batch = _Batch(self.model, slots, longest)
+        refill = max(1, slots // 16)  # a prefill costs about as much as a step, so not for every single slot
+        while pending or batch.rows:
+            free = slots - len(batch.rows)
+            if pending and (free >= min(refill, len(pending)) or not batch.rows):
+                batch.add([pending.popleft() for _ in range(min(free, len(pending)))])
+            yield from batch.step()
 
 
 class _Batch:
@@ -178,10 +172,9 @@ class _Batch:
         self.temperature = np.zeros(slots, np.float32)
         self.top_p = np.zeros(slots, np.float32)
 
+    @torch.inference_mode()
     def add(self, requests: list[Request]) -> None:
         """Prefill new rows with all of their prompt but its last token, which the next step feeds like any other."""
-        import torch
-
         device, first = self.model.device, len(self.rows)
         longest = max(len(request.prompt_ids) for request in requests) - 1
         prompt = np.zeros((len(requests), longest), np.int64)
@@ -208,10 +201,9 @@ class _Batch:
         )
         self.cache.rows = None
 
+    @torch.inference_mode()
     def step(self) -> list[Completion]:
         """One token for every row; returns the completions that ended with it and gives their slots free."""
-        import torch
-
         device, active = self.model.device, len(self.rows)
         position_B = torch.from_numpy(self.position[:active]).to(device)
         cache = self.cache
@@ -251,6 +243,7 @@ class _Batch:
             self._remove(slot)
         return done
 
+    @torch.inference_mode()
     def _remove(self, slot: int) -> None:
         last = len(self.rows) - 1
         if slot != last:

@@ -7,7 +7,7 @@ description of the environment (pip list and the like) that the run's manifest h
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,29 +54,17 @@ def evaluate(
     Raises ValueError for an unknown task or a file that is missing or does not parse.
     """
     from lm_eval.evaluator import evaluate as run_tasks
-    from lm_eval.tasks import TaskManager
 
     from evals.lm import SamplingLM
 
-    metadata = {"problems": problems, "benchmarks": benchmarks, "instruction": instruction}
-    metadata = {key: str(value) for key, value in metadata.items() if value is not None}
-    with _quiet():
-        manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata=metadata)
-        for task in tasks:
-            if task not in manager.all_subtasks:
-                raise ValueError(f"no task {task!r}; there are {', '.join(manager.all_subtasks)}")
-        loaded = manager.load(tasks)
-        for task in loaded["tasks"].values():
-            task.set_config("repeats", samples)
-            settings = {
-                "do_sample": temperature > 0, "temperature": temperature, "top_p": top_p, "max_gen_toks": max_tokens,
-            }  # fmt: skip
-            task.set_config("generation_kwargs", settings, update=True)
-        lm = SamplingLM(
-            backend, model_name=model_name, revision=revision, seed=seed,
-            done={row["id"]: row for row in done}, keep=keep,
-        )  # fmt: skip
-        results = run_tasks(lm=lm, task_dict=loaded, log_samples=False, bootstrap_iters=0, apply_chat_template=True)
+    loaded = _load(tasks, {"problems": problems, "benchmarks": benchmarks, "instruction": instruction})
+    settings = {"do_sample": temperature > 0, "temperature": temperature, "top_p": top_p, "max_gen_toks": max_tokens}
+    for task in loaded["tasks"].values():
+        task.set_config("repeats", samples)
+        task.set_config("generation_kwargs", settings, update=True)
+    finished = {row["id"]: row for row in done}
+    lm = SamplingLM(backend, model_name=model_name, revision=revision, seed=seed, done=finished, keep=keep)
+    results = run_tasks(lm=lm, task_dict=loaded, log_samples=False, bootstrap_iters=0, apply_chat_template=True)
     assert results is not None
     metrics = {
         task: {name.removesuffix(",all"): value for name, value in values.items() if name in _METRICS}
@@ -85,12 +73,32 @@ def evaluate(
     return Evaluation(lm.rows, metrics)
 
 
+def count_problems(
+    tasks: list[str], problems: str | Path | None = None, benchmarks: str | Path | None = None
+) -> dict[str, int]:
+    """Task -> number of its problems. Raises ValueError as `evaluate` does, before any model is loaded."""
+    loaded = _load(tasks, {"problems": problems, "benchmarks": benchmarks})
+    return {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
+
+
+def _load(tasks: list[str], metadata: dict[str, Any]) -> Any:
+    """lm-eval's loaded tasks; `metadata` reaches tasks/sampled.py."""
+    from lm_eval.tasks import TaskManager
+
+    given = {key: str(value) for key, value in metadata.items() if value is not None}
+    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata=given)
+    for task in tasks:
+        if task not in manager.all_subtasks:
+            raise ValueError(f"no task {task!r}; there are {', '.join(manager.all_subtasks)}")
+    return manager.load(tasks)
+
+
 _METRICS = ("mean@k,all", "truncated,all", "no_answer,all")
 
 
 @contextmanager
-def _quiet() -> Any:
-    """lm-eval's progress bar over prompts and its notes on metadata, off: the stage shows its own progress."""
+def quiet() -> Iterator[None]:
+    """Within it lm-eval shows no bar over prompts and no notes: for callers that show their own progress."""
     import lm_eval.api.task as task_module
 
     logger = logging.getLogger("lm_eval")

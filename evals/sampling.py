@@ -6,12 +6,9 @@ Legend: B sequences, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -48,8 +45,6 @@ def draw(
     The draw inverts the cumulative distribution in vocabulary order, not in order of likelihood: rounding that
     swaps two nearly equal tokens then changes the draw in no more than a rounding's share of cases.
     """
-    import torch
-
     greedy_B = temperature_B <= 0
     scaled_BV = logits_BV.float() / torch.where(greedy_B, 1.0, temperature_B)[:, None]
     prob_BV = scaled_BV.softmax(-1)
@@ -69,8 +64,6 @@ def draw(
 
 def _least_kept(prob_BV: torch.Tensor, top_p_B: torch.Tensor, candidates: int) -> torch.Tensor:
     """Probability of the least likely token of each nucleus; -1 where `candidates` tokens do not hold top_p."""
-    import torch
-
     top_BC = prob_BV.topk(candidates, dim=-1).values if candidates < prob_BV.shape[1] else prob_BV.sort(-1, True).values
     before_BC = top_BC.cumsum(-1) - top_BC
     kept_B = (before_BC < top_p_B[:, None]).sum(-1)
