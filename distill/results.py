@@ -52,11 +52,10 @@ def _is_open(name: str, entry: Row) -> bool:
 
 
 def _problems(folder: Path, manifest: Row) -> Row:
-    proof = manifest.get("problems") or {}
     return {
-        "train": proof.get("train", _lines(folder / "problems.jsonl")),
-        "eval": proof.get("eval", _lines(folder / "eval_problems.jsonl")),
-        "overlap": proof.get("overlap"),
+        "train": _lines(folder / "problems.jsonl"),
+        "eval": _lines(folder / "eval_problems.jsonl"),
+        "overlap": (manifest.get("problems") or {}).get("overlap"),
     }
 
 

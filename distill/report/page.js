@@ -18,10 +18,9 @@ const traceView = {
     return !wanted || item.verdicts.some((v) => !v[1] && v[0] === wanted.slice("failed:".length));
   },
   texts: (item) => [item.problem, item.reasoning, item.response, item.id, item.problem_id],
-  row(item) {
+  verdict(item) {
     const failed = item.verdicts.find((v) => !v[1]);
-    const verdict = failed ? el("span", { class: "fail", text: `✗ ${failed[0]}` }) : judged(item.accepted);
-    return [el("span", { text: item.family }), verdict, el("span", { class: "what", text: item.problem })];
+    return failed ? el("span", { class: "fail", text: `✗ ${failed[0]}` }) : judged(item.accepted);
   },
   detail(item, fields) {
     const [prompt, reasoning, answer] = item.tokens;
@@ -100,12 +99,11 @@ const answerView = {
     return correct(item, role === "teacher" ? role : `${student}/${role}`) === (theirs === "right");
   },
   texts: (item) => [item.problem, item.id, ...Object.values(item.answers).flatMap((a) => [a.reasoning, a.response])],
-  row(item, fields) {
+  verdict(item, fields) {
     const right = correct(item, fields.student.value);
     const glyph = right === null ? "–" : right ? "✓" : "✗";
     const label = right === null ? "no sample" : right ? "student right" : "student wrong";
-    const verdict = el("span", { class: right ? "pass" : "fail", text: glyph, role: "img", "aria-label": label });
-    return [el("span", { text: item.family }), verdict, el("span", { class: "what", text: item.problem })];
+    return el("span", { class: right ? "pass" : "fail", text: glyph, role: "img", "aria-label": label });
   },
   detail(item, fields) {
     const models = beside(fields.student.value).filter(([model]) => item.answers[model]);

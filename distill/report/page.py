@@ -88,7 +88,7 @@ def _context(folder: Path, results: Row, traces_shown: int, answers_shown: int) 
         "traces_note": words.traces_note(len(traces), counts),
         "answers_note": words.answers_note(len(answers), results["problems"]["eval"]),
         "overlap": words.overlap(manifest.get("problems")),
-        "provenance": _provenance(manifest, results),
+        "provenance": _provenance(manifest),
         "versions": sorted((manifest.get("environment") or {}).get("packages", {}).items()),
         "recipe_text": _text(folder / "recipe.yaml"),
         "manifest_text": _text(folder / "manifest.json"),
@@ -114,17 +114,28 @@ def _text(path: Path) -> str:
 
 def _manifest(folder: Path) -> Row:
     text = _text(folder / "manifest.json")
-    return json.loads(text) if text else {}
+    return json.loads(text) if text else {"stages": {}}
 
 
-def _provenance(manifest: Row, results: Row) -> list[tuple[str, str]]:
+def _commits(manifest: Row) -> str | None:
+    """The commit that made the run; where stages were made by different ones, each with its stages."""
+    stages: dict[str, list[str]] = {}
+    for name, entry in manifest["stages"].items():
+        if entry.get("commit") and name != "report":
+            stages.setdefault(entry["commit"], []).append(name)
+    if len(stages) > 1:
+        return "; ".join(f"{commit} ({', '.join(names)})" for commit, names in stages.items())
+    return next(iter(stages), (manifest.get("environment") or {}).get("commit"))
+
+
+def _provenance(manifest: Row) -> list[tuple[str, str]]:
     """Name and value of what made the run; what the manifest does not say is left out."""
     environment = manifest.get("environment") or {}
-    problems = manifest.get("problems") or {}
+    problems = manifest.get("problems") or {"train": {}, "eval": {}}
     command = environment.get("command")
     facts = [
-        ("Commit", environment.get("commit")),
-        ("Made", environment.get("time")),
+        ("Commit", _commits(manifest)),
+        ("Started", min((s["started"] for s in manifest["stages"].values() if "started" in s), default=None)),
         ("Command", " ".join(command) if command else None),
         ("Machine", environment.get("platform")),
         ("CPU cores", environment.get("cpus")),
@@ -132,7 +143,7 @@ def _provenance(manifest: Row, results: Row) -> list[tuple[str, str]]:
         ("Seed", manifest.get("seed")),
         ("Recipe hash", manifest.get("recipe")),
         ("Teacher", (manifest.get("teacher") or {}).get("id")),
-        ("Training problems, sha256", problems.get("train_sha256")),
-        ("Evaluation problems, sha256", problems.get("eval_sha256")),
+        ("Training problems, sha256", problems["train"].get("sha256")),
+        ("Evaluation problems, sha256", problems["eval"].get("sha256")),
     ]
     return [(name, str(value)) for name, value in facts if value is not None]

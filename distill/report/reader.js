@@ -39,10 +39,33 @@ function folded(title, text, open) {
   return el("details", { class: "reasoning", open }, el("summary", { text: title }), body);
 }
 
+// Where the problems of a family all begin alike, what tells them apart begins after that: family -> its length.
+function sharedStarts(items) {
+  const starts = new Map();
+  for (const { family, problem } of items) {
+    if (!starts.has(family)) {
+      starts.set(family, { first: problem, length: problem.length, alone: true });
+      continue;
+    }
+    const start = starts.get(family);
+    if (problem === start.first) continue;
+    start.alone = false;
+    while (!problem.startsWith(start.first.slice(0, start.length))) start.length -= 1;
+  }
+  return starts;
+}
+
+function gist(item, starts) {
+  const start = starts.get(item.family);
+  if (start.alone) return item.problem;
+  const words = start.first.slice(0, start.length).search(/\S*$/);
+  return words > 0 ? `… ${item.problem.slice(words)}` : item.problem;
+}
+
 // `view` says what a reader shows: its controls, which items they keep, an item's row and its details.
 class Reader {
   constructor(section, kind, items, view) {
-    Object.assign(this, { kind, items, view, current: null, shown: [] });
+    Object.assign(this, { kind, items, view, current: null, shown: [], starts: sharedStarts(items) });
     this.form = section.querySelector("form");
     this.list = section.querySelector(".list ul");
     this.found = section.querySelector(".found");
@@ -79,8 +102,10 @@ class Reader {
   }
 
   row(item) {
-    const button = el("button", { type: "button", onclick: () => this.open(item) }, ...this.view.row(item, this.form.elements));
-    return button;
+    const what = el("span", { class: "what", text: gist(item, this.starts) });
+    const family = el("span", { text: item.family });
+    const verdict = this.view.verdict(item, this.form.elements);
+    return el("button", { type: "button", onclick: () => this.open(item) }, family, verdict, what);
   }
 
   // Show an item without moving the page, the focus or the address.

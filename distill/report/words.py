@@ -179,12 +179,12 @@ def answers_note(shown: int, total: int | None) -> str:
 
 def overlap(problems: dict[str, Any] | None) -> str:
     """What the manifest proves about training and evaluation problems."""
-    if not problems or problems.get("overlap") is None:
+    if not problems:
         return ""
     shared = problems["overlap"]
     said = "No problem is in both sets" if shared == 0 else f"{count(shared)} problems are in both sets"
     return (
-        f"{said}: {count(problems['train'])} training and {count(problems['eval'])} evaluation problems, compared by "
-        f"sha256 of their normalised text; {count(problems.get('dropped_overlap', 0))} candidates for training were "
-        "dropped because they are evaluation problems."
+        f"{said}: {count(problems['train']['count'])} training and {count(problems['eval']['count'])} evaluation problems, "
+        f"compared by sha256 of their normalised text; {count(problems['dropped']['overlap'])} candidates for training "
+        "were dropped because they are evaluation problems."
     )

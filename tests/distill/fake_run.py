@@ -224,6 +224,7 @@ def make_run(
         seconds, tokens = times[stage]
         manifest["stages"][stage] = {"status": "done", "seconds": seconds, "tokens": tokens}
         manifest["stages"][stage] |= {"inputs": _id(stage), "peak_rss_bytes": 700_000_000}
+        manifest["stages"][stage] |= {"commit": "0" * 40, "started": "2026-01-02T03:04:05Z"}
     manifest |= {
         "name": folder.name,
         "recipe": _id("recipe"),
@@ -235,19 +236,16 @@ def make_run(
             "packages": {"distill": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.19.0"},
             "commit": "0" * 40,
             "command": ["distill", "run", "quickstart"],
-            "time": "2026-01-02T03:04:05Z",
         },
     }
     if "problems" in stages:
         _write(folder / "problems.jsonl", problems)
         _write(folder / "eval_problems.jsonl", held_out)
         manifest["problems"] = {
-            "train": train,
-            "eval": evaluation,
+            "train": {"count": train, "sha256": hashlib.sha256(b"train").hexdigest()},
+            "eval": {"count": evaluation, "sha256": hashlib.sha256(b"eval").hexdigest()},
             "overlap": 0,
-            "dropped_overlap": 3,
-            "train_sha256": hashlib.sha256(b"train").hexdigest(),
-            "eval_sha256": hashlib.sha256(b"eval").hexdigest(),
+            "dropped": {"overlap": 3, "repeats": 1},
         }
     if "traces" in stages:
         manifest["teacher"] = {"id": TEACHER, "model": "tiny-r1", "kind": "embedded"}

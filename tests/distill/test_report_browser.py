@@ -122,6 +122,20 @@ def test_filters_of_answers_agree_with_the_data(browser: Browser, pages: dict[st
     assert labels == ["tiny-llama", "base", "answers only", "teacher"]
 
 
+def test_rows_of_the_list_begin_where_problems_differ(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.size(1280)
+    browser.open(pages["plain"])
+    rows = browser.evaluate("[...document.querySelectorAll('#answers .what')].map((row) => row.textContent)")
+    problems = browser.evaluate("data.answers.map((item) => item.problem)")
+    # The made-up problems of a family differ from their number on: "… (no. 12): 34 + 56 =".
+    assert len(rows) == len(problems)
+    assert all(row.startswith("… ") and problem.endswith(row[2:]) for row, problem in zip(rows, problems, strict=True))
+    assert all("(no" not in row and " + " in row for row in rows)
+    cases = '[[["a b c", "a b d"], "… d"], [["x", "y"], "y"], [["same", "same"], "same"], [["go 12", "go 13"], "… 13"]]'
+    script = "(([a, b]) => gist(b, sharedStarts([a, b])))(texts.map((problem) => ({ family: 'f', problem })))"
+    assert browser.evaluate(f"{cases}.every(([texts, wanted]) => {script} === wanted)")
+
+
 def test_answers_stand_side_by_side_or_stacked(browser: Browser, pages: dict[str, Path]) -> None:
     tops = "new Set([...document.querySelectorAll('#answers .models > div')].map((d) => d.offsetTop)).size"
     for width, rows in ((1280, 1), (375, 4)):
