@@ -184,7 +184,7 @@ def overlap(problems: dict[str, Any] | None) -> str:
     shared = problems["overlap"]
     said = "No problem is in both sets" if shared == 0 else f"{count(shared)} problems are in both sets"
     return (
-        f"{said}: {count(problems['train']['count'])} training and {count(problems['eval']['count'])} evaluation problems, "
-        f"compared by sha256 of their normalised text; {count(problems['dropped']['overlap'])} candidates for training "
-        "were dropped because they are evaluation problems."
+        f"{said}: {count(problems['train']['count'])} training and {count(problems['eval']['count'])} evaluation "
+        f"problems, compared by sha256 of their normalised text; {count(problems['dropped']['overlap'])} candidates "
+        "for training were dropped because they are evaluation problems."
     )
