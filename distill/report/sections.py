@@ -71,8 +71,11 @@ def _plot(results: Row, student: Row, axis: charts.Axis) -> Row:
 
 
 def families(results: Row) -> Row | None:
-    """The table of families: one row each, the models in groups of a student and its baselines."""
-    if not results.get("families"):
+    """The table of families: one row each, the models in groups of a student and its baselines.
+
+    None where all problems are of one family: the headline says it all.
+    """
+    if len(results["families"]) < 2:
         return None
     groups, columns = [], []
     teacher = results.get("teacher")
@@ -84,7 +87,11 @@ def families(results: Row) -> Row | None:
         groups.append({"name": student["name"], "span": len(rows)})
         columns += [{**row, "label": _trained_on(row), "start": index == 0} for index, row in enumerate(rows)]
     rows = [
-        {**row, "cells": [(row["means"].get(column["key"]), column["start"]) for column in columns]}
+        {
+            **row,
+            "family": row["family"] or "no family",
+            "cells": [(row["means"].get(column["key"]), column["start"]) for column in columns],
+        }
         for row in sorted(results["families"], key=lambda row: row["family"])
     ]
     smallest = min(row["problems"] for row in rows)

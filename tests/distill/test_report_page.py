@@ -102,6 +102,14 @@ def test_report_command_on_half_a_run(tmp_path: Path) -> None:
     assert "report.html" in done.stdout and (folder / "report.html").is_file()
 
 
+def test_one_family_needs_no_table(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    for path in (folder / "evals").glob("*.jsonl"):
+        path.write_text(re.sub(r'"family": "\w+"', '"family": ""', path.read_text()))
+    html = make_report(folder)
+    assert 'id="families"' not in html and 'href="#families"' not in html and 'id="endings"' in html
+
+
 def test_reader_shows_as_many_as_asked_and_rejected_ones_among_them(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", train=120)
     data = embedded(make_report(folder, "report.traces_shown=20", "report.answers_shown=7"))
