@@ -60,7 +60,7 @@ def exactly_equal(answer: str, reference: str) -> bool | None:
     if ours == theirs and ours:
         return True
     if len(theirs) > 1 and theirs.isalpha() and ours.isalpha() and ours.casefold() == theirs.casefold():
-        return True  # \text{Evelyn} and evelyn; single letters stay apart, x is not X
+        return True  # \text{Evelyn} and evelyn; single letters may be variables
     a, b = number(ours), number(theirs)
     if a is None or b is None:
         return None

@@ -71,14 +71,13 @@ class _Worker:
         verdict, reason = json.loads(line)
         return verdict, reason
 
-    def close(self) -> int:
-        """Kill and reap; returns the exit status the child had by itself, or -9."""
+    def close(self) -> None:
+        """Kill and reap."""
         self.process.kill()
-        status = self.process.wait()
+        self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
-        return status
 
 
 class Pool:
@@ -93,9 +92,7 @@ class Pool:
     def compare(self, answer: str, reference: str, seconds: float) -> tuple[str, str]:
         """math-verify's (verdict, reason); 'unverifiable' if that took longer than `seconds` or too much memory."""
         with self._slots:
-            with self._lock:
-                worker = self._free.pop() if self._free else None
-            worker = worker or _Worker()
+            worker = self._take()
             started = time.monotonic()
             try:
                 result = worker.ask(answer, reference, seconds)
@@ -113,6 +110,16 @@ class Pool:
             with self._lock:
                 self._free.append(worker)
             return result
+
+    def _take(self) -> _Worker:
+        """An idle worker, or a new one. One that died idle (the system was short of memory) is no item's fault."""
+        with self._lock:
+            while self._free:
+                worker = self._free.pop()
+                if worker.process.poll() is None:
+                    return worker
+                worker.close()
+        return _Worker()
 
     def close(self) -> None:
         """Kill the idle workers; used at exit and in tests."""
