@@ -6,7 +6,6 @@ and reordering marks are shown by name and never sent.
 """
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from distill.jsonl import read_jsonl
+from distill.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -29,9 +29,6 @@ Row = dict[str, Any]
 STATUSES = ("all", "accepted", "rejected")
 # Side by side needs this many columns; narrower terminals get the verdicts below the text.
 WIDE = 100
-
-# C0 but for newline and tab, DEL, C1, line separators, marks that reorder text, and lone surrogates.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -129,11 +126,6 @@ def _fits(item: Item, choice: Choice) -> bool:
         and item.trace["problem_id"].startswith(choice.problem or "")
         and item.trace["id"].startswith(choice.trace or "")
     )
-
-
-def visible(text: object) -> str:
-    """Text that a terminal can only show: unsafe characters become <U+001B> and the like."""
-    return _UNSAFE.sub(lambda found: f"<U+{ord(found.group()):04X}>", str(text))
 
 
 def judgement(item: Item) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distill.jsonl import read_jsonl
+from distill.visible import visible
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
@@ -20,11 +21,12 @@ SHORTEST_CUT, LONGEST_CUT = 1_000, 20_000
 
 
 def cut(text: str, most: int) -> str:
-    """`text`, or its beginning and end with a note between: the end holds the answer."""
+    """`text` made visible, or its beginning and end with a note between: the end holds the answer."""
     if len(text) <= most:
-        return text
+        return visible(text)
     head, tail = most * 3 // 5, most * 2 // 5
-    return f"{text[:head]}\n[… {len(text) - head - tail:,} characters left out here …]\n{text[len(text) - tail :]}"
+    note = f"\n[… {len(text) - head - tail:,} characters left out here …]\n"
+    return visible(text[:head]) + note + visible(text[len(text) - tail :])
 
 
 def limit(texts: int) -> int:
@@ -48,6 +50,11 @@ def spread(items: Iterable[Item], group: Callable[[Item], str], order: Callable[
 
 def family(problem: Row | None) -> str:
     return str((problem or {}).get("meta", {}).get("family") or (problem or {}).get("source") or "unknown")
+
+
+def _answer(problem: Row | None) -> str | None:
+    answer = (problem or {}).get("answer")
+    return None if answer is None else cut(str(answer), SHORTEST_CUT)
 
 
 def _rows(path: Path) -> Iterable[Row]:
@@ -98,7 +105,7 @@ def _trace(trace: Row, problem: Row | None, line: Row | None, most: int) -> Row:
         "family": family(problem),
         "sample": trace["sample"],
         "problem": cut(question, most),
-        "reference": problem.get("answer") if problem else None,
+        "reference": _answer(problem),
         "reasoning": cut(trace["reasoning"], most),
         "response": cut(trace["response"], most),
         "finish_reason": trace["finish_reason"],
@@ -140,7 +147,7 @@ def _question(problem: Row) -> Row:
         "id": problem["id"],
         "family": family(problem),
         "problem": cut(problem["problem"], LONGEST_CUT),
-        "reference": problem.get("answer"),
+        "reference": _answer(problem),
         "answers": {},
     }
 
@@ -157,7 +164,7 @@ def _add_answer(answers: dict[str, Row], model: str, row: Row, most: int) -> Non
             "reasoning": cut(reasoning, most),
             "response": cut(response, most),
             "closed": closed,
-            "extracted": row.get("extracted"),
+            "extracted": None if row.get("extracted") is None else cut(str(row["extracted"]), SHORTEST_CUT),
             "correct": bool(row["correct"]),
             "verdict": row.get("verdict"),
             "truncated": bool(row.get("truncated")),

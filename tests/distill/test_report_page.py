@@ -15,6 +15,7 @@ from distill.errors import UserError
 from distill.recipe_load import load_recipe
 from distill.report import page, readers
 from distill.runfolder import RunFolder
+from distill.visible import visible
 from tests.distill.fake_run import HOSTILE, make_run
 
 
@@ -67,7 +68,8 @@ def test_embedded_json_is_inert_and_loses_nothing(hostile: str) -> None:
     assert raw.isascii() and not set(raw) & set("<>&")
     texts = json.dumps(embedded(hostile), ensure_ascii=False)
     for text in HOSTILE:
-        assert json.dumps(text, ensure_ascii=False)[1:-1] in texts
+        assert json.dumps(visible(text), ensure_ascii=False)[1:-1] in texts
+    assert "<U+202E>evil<U+202C> <U+D800> lone" in texts
 
 
 def test_nothing_is_fetched_and_only_our_script_may_run(hostile: str) -> None:

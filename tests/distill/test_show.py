@@ -10,6 +10,7 @@ import pytest
 
 from distill import show
 from distill.errors import UserError
+from distill.visible import visible
 from tests.distill.fake_run import FILTERS, make_run
 
 
@@ -54,7 +55,7 @@ def test_lines_into_a_pipe_are_not_wrapped(folder: Path, capsys: pytest.CaptureF
     first = next(show.chosen(folder, show.Choice()))
     show.run(folder, limit=1)
     lines = capsys.readouterr().out.splitlines()
-    assert show.visible(first.problem["problem"]) in lines
+    assert visible(first.problem["problem"]) in lines
     assert all(any(line.startswith((f"pass  {name}", f"FAIL  {name}")) for line in lines) for name in FILTERS)
 
 
