@@ -13,6 +13,7 @@ from distill.shipped import resolve_model
 
 if TYPE_CHECKING:
     from distill.recipe import Teacher
+    from teacher.engine import Completion
 
 # What decides the text that a model folder generates; its README and training logs do not.
 _IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
@@ -81,38 +82,32 @@ class EmbeddedTeacher:
         from teacher.engine import Engine, Request
 
         limit = self.model.config.max_position_embeddings
-        asks = list(asks)
-        prompts = {ask.id: self._prompt_ids(ask) for ask in asks}
-        fitting = [ask for ask in asks if len(prompts[ask.id]) < limit]
+        requests = []
         for ask in asks:
-            if len(prompts[ask.id]) >= limit:
-                yield Reply(ask.id, "", "prompt_too_long", len(prompts[ask.id]), 0, 0, 0.0)
-        room = {ask.id: min(ask.max_tokens, limit - len(prompts[ask.id])) for ask in fitting}
-        longest = max((len(prompts[ask.id]) + room[ask.id] for ask in fitting), default=0)
-        if not fitting:
+            prompt = self._prompt_ids(ask)
+            room = min(ask.max_tokens, limit - len(prompt))
+            if room < 1:
+                yield Reply(ask.id, "", "prompt_too_long", len(prompt), 0, 0, 0.0)
+            else:
+                requests.append(Request(ask.id, prompt, ask.temperature, ask.top_p, max_tokens=room, seed=ask.seed))
+        if not requests:
             return
-        engine = Engine(self.model, self.tokenizer, batch_size=self.batch_size, max_len=longest)
-        requests = (
-            Request(
-                id=ask.id, prompt_ids=prompts[ask.id], temperature=ask.temperature, top_p=ask.top_p,
-                max_tokens=room[ask.id], seed=ask.seed, stop_ids=self.stop_ids,
-            )
-            for ask in fitting
-        )  # fmt: skip
-        for done in engine.generate(requests):
-            yield self._reply(done, len(prompts[done.id]))
+        # The cache holds batch_size × max_len positions, so neither is larger than these asks need.
+        longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+        engine = Engine(self.model, self.stop_ids, min(self.batch_size, len(requests)), longest)
+        yield from map(self._reply, engine.generate(requests))
 
     def _prompt_ids(self, ask: Ask) -> list[int]:
         # Rendered to text first: the template writes the special tokens, so none may be added again.
         text = self.tokenizer.apply_chat_template(ask.messages, tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _reply(self, done: Any, prompt_tokens: int) -> Reply:
-        ids = [token for token in done.token_ids if token not in self.stop_ids]
+    def _reply(self, done: "Completion") -> Reply:
+        ids = done.token_ids
         text = self._decode(ids)
         reasoning = self._reasoning_tokens(text, ids)
         answer = len(ids) - reasoning
-        return Reply(done.id, text, done.finish_reason, prompt_tokens, reasoning, answer, done.seconds)
+        return Reply(done.id, text, done.finish_reason, done.prompt_tokens, reasoning, answer, done.seconds)
 
     def _reasoning_tokens(self, text: str, ids: list[int]) -> int:
         """How many of the tokens it takes to reach the end of the closing tag; all if there is none."""

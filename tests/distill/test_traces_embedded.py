@@ -1,0 +1,200 @@
+"""The embedded teacher: identity, prompts, limits and counts with a made-up engine; then the real one, resumed."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from distill import problems, traces
+from distill.embedded import EmbeddedTeacher, teacher_id, teacher_licence
+from distill.errors import UserError
+from distill.recipe import Teacher
+from distill.records import Ask
+from tests.distill.small_run import make_recipe, open_run
+from tests.tiny import ASSISTANT, BOS, USER, write_teacher
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def ask(text="What is 2 + 2?", identity="a", **changes):
+    fields = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 50, "seed": 1} | changes
+    return Ask(identity, [{"role": "user", "content": text}], **fields)
+
+
+def load(folder, **changes):
+    return EmbeddedTeacher(Teacher(model=str(folder), **changes))
+
+
+class EngineSaying:
+    """An engine whose model says `text`; keeps the requests and settings it got."""
+
+    def __init__(self, monkeypatch, text, end="stop"):
+        import teacher.engine
+
+        self.requests = []
+
+        def make(model, stop_ids, batch_size, max_len):
+            self.stop_ids, self.batch_size, self.max_len = stop_ids, batch_size, max_len
+            return SimpleNamespace(generate=self.generate)
+
+        self.text, self.end = text, end
+        monkeypatch.setattr(teacher.engine, "Engine", make)
+
+    def generate(self, requests):
+        from teacher.engine import Completion
+        from tests.tiny import tokenizer
+
+        ids = tokenizer()(self.text, add_special_tokens=False)["input_ids"]
+        for request in reversed(list(requests)):
+            self.requests.append(request)
+            yield Completion(request.id, ids, self.end, 257, len(request.prompt_ids), 0.5)
+
+
+def test_the_id_is_the_content_of_weights_configuration_and_tokenizer(folder, tmp_path):
+    identity = teacher_id(str(folder))
+    name, _, digest = identity.partition("@")
+    assert name == "tiny" and len(digest) == 12
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    (copy / "README.md").write_text("---\nlicense: mit\n---\n# A card\n")
+    (copy / "training_log.jsonl").write_text("{}")
+    assert teacher_id(str(copy)) == identity
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        path = copy / name
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+        assert teacher_id(str(copy)) != identity, name
+        path.write_bytes(before)
+    assert teacher_id(str(copy)) == identity == load(folder).id
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\ntags: [a]\n---\n# x", "mit"),
+        ("# no header", None),
+        ("---\ntags: [a]\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_licence_is_what_the_model_card_declares(folder, tmp_path, card, licence):
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    if card is not None:
+        (copy / "README.md").write_text(card)
+    assert teacher_licence(str(copy)) == licence
+
+
+def test_the_prompt_is_rendered_once_with_the_chat_template(folder, monkeypatch):
+    engine = EngineSaying(monkeypatch, "x")
+    teacher = load(folder)
+    [reply] = teacher.generate([ask("What is 2 + 2?")])
+    [request] = engine.requests
+    assert teacher.tokenizer.decode(request.prompt_ids) == f"{BOS}{USER}What is 2 + 2?{ASSISTANT}<think>\n"
+    assert list(request.prompt_ids).count(teacher.tokenizer.bos_token_id) == 1
+    assert reply.prompt_tokens == len(request.prompt_ids)
+    assert (request.temperature, request.top_p, request.max_tokens, request.seed) == (0.6, 0.95, 50, 1)
+    assert engine.stop_ids == (teacher.tokenizer.eos_token_id,)
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "answer"),
+    [
+        ("abc\n</think>\n\n\\boxed{4}", 5, 11),  # the tag is one token, everything else a byte a token
+        ("never closed", 12, 0),
+        ("ab</think>cd</think>e", 3, 4),
+        ("a<think>b</think>c</think>de", 6, 2),
+        ("é😀</think>ü", 7, 2),
+        ("a leak<｜User｜></think>b", 8, 1),
+        ("", 0, 0),
+    ],
+)
+def test_tokens_are_counted_on_both_sides_of_the_closing_tag(folder, monkeypatch, text, reasoning, answer):
+    EngineSaying(monkeypatch, text)
+    [reply] = load(folder).generate([ask()])
+    assert (reply.text, reply.reasoning_tokens, reply.answer_tokens) == (text, reasoning, answer)
+
+
+def test_a_tag_spelled_in_several_tokens_is_counted_too(folder):
+    teacher = load(folder)
+    ids = [teacher.tokenizer.convert_tokens_to_ids(character) for character in "ab</think>cd"]
+    text = teacher.tokenizer.decode(ids)
+    assert text == "ab</think>cd" and teacher._reasoning_tokens(text, ids) == 10
+
+
+def test_a_prompt_that_fills_the_context_is_an_outcome_and_the_rest_goes_on(folder, monkeypatch):
+    engine = EngineSaying(monkeypatch, "x")
+    context = 512
+    empty = len(load(folder)._prompt_ids(ask("")))
+    asks = [ask("y" * (context - empty + n), f"{n}", max_tokens=50) for n in (-100, -10, -1, 0, 5)]
+    replies = {reply.id: reply for reply in load(folder).generate(asks)}
+    assert {n: reply.finish_reason for n, reply in replies.items()} == {
+        "-100": "stop", "-10": "stop", "-1": "stop", "0": "prompt_too_long", "5": "prompt_too_long",
+    }  # fmt: skip
+    assert replies["5"].prompt_tokens == context + 5 and replies["5"].text == ""
+    assert {request.id: request.max_tokens for request in engine.requests} == {"-100": 50, "-10": 10, "-1": 1}
+    assert (engine.max_len, engine.batch_size) == (context, 3)
+    engine.requests.clear()
+    assert [reply.finish_reason for reply in load(folder).generate(asks[3:])] == ["prompt_too_long"] * 2
+    assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "no config.json; expected a model folder"),
+        ("tokenizer.json", "no tokenizer.json; the teacher's folder needs its tokenizer"),
+        ("model.safetensors", "no model.safetensors"),
+    ],
+)
+def test_a_folder_that_lacks_something_is_one_sentence(folder, tmp_path, missing, message):
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    (copy / missing).unlink()
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+def test_a_teacher_that_is_not_there():
+    with pytest.raises(UserError, match=r"teacher\.model: 'nowhere' is neither a folder nor a shipped model"):
+        teacher_id("nowhere")
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
+    copy = write_teacher(tmp_path / "small", vocab_size=200, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    with pytest.raises(
+        UserError, match="the tokenizer has 263 tokens, the model only 200; they do not belong together"
+    ):
+        load(copy)
+
+
+def test_a_tokenizer_that_is_no_tokenizer(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="the tokenizer does not load"):
+        load(copy)
+
+
+def test_the_whole_stage_with_a_real_engine_and_its_resume(folder, tmp_path):
+    """A random teacher writes noise until its limit; what matters is that it comes back, once, with the same text."""
+    recipe = make_recipe(teacher={"model": str(folder), "batch_size": 5}, sampling={"max_tokens": 12})
+    path = tmp_path / "run" / "traces" / "traces.jsonl"
+
+    def generate():
+        with open_run(tmp_path / "run", recipe) as run:
+            return traces.run(recipe, run), [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+    with open_run(tmp_path / "run", recipe) as run:
+        problems.run(recipe, run)
+    facts, rows = generate()
+    assert facts["traces"] == facts["made"] == 24 == len({row["id"] for row in rows})
+    assert len({row["text"] for row in rows}) > 20
+    for row in rows:
+        tokens = row["reasoning_tokens"] + row["answer_tokens"]
+        assert tokens <= 12 and (row["finish_reason"] == "length") == (tokens == 12)
+        assert row["teacher"] == teacher_id(str(folder)) and row["seconds"] > 0
+    path.write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:10]) + b"\n")
+    facts, again = generate()
+    assert (facts["made"], facts["resumed"]) == (14, 10)
+    assert {row["id"]: row["text"] for row in again} == {row["id"]: row["text"] for row in rows}
