@@ -14,7 +14,7 @@ from distill.records import FunnelRow
 if TYPE_CHECKING:
     from distill.runfolder import RunFolder
 
-_FEATURES = [
+_FEATURES: list[dict[str, Any]] = [
     {"name": "messages", "list": [{"name": "role", "dtype": "string"}, {"name": "content", "dtype": "string"}]},
     {"name": "problem_id", "dtype": "string"},
     {"name": "trace_id", "dtype": "string"},
