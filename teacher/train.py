@@ -1,0 +1,246 @@
+"""The training loop of the teacher, on one device, in plain torch.
+
+    result = train(model, example_fn, TrainSettings(total_tokens=80_000_000), "runs/tiny-r1")
+
+A step: the gradients of its micro-batches add up, are clipped, AdamW or Muon moves the weights, and then the selection
+biases move by the sign of the step's load errors (teacher.balance). It is a function of (weights, optimizer state,
+cursor of the example stream) alone, which is what a checkpoint holds: kill the run at any moment, start it again,
+and the same weights come out, bit for bit on a CPU with the same number of threads.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teacher import train_state
+from teacher.balance import LoadBalance
+from teacher.batches import ExampleFn, StepBatch, step_batches
+from teacher.model import DeepseekV3
+from teacher.muon import MuonAdamW
+from teacher.objective import Objective
+from teacher.prefetch import Prefetch
+from teacher.schedule import learning_rate_factor
+from teacher.train_log import TrainingLog
+from teacher.train_settings import TrainSettings
+
+EvalHook = Callable[[DeepseekV3, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out; `last` is the last line of the log, seconds are those of all attempts together."""
+
+    folder: Path
+    steps: int
+    tokens: int
+    seconds: float
+    last: dict[str, Any]
+
+
+def train(
+    model: DeepseekV3,
+    example_fn: ExampleFn,
+    settings: TrainSettings,
+    out_dir: str | Path,
+    *,
+    eval_hook: EvalHook | None = None,
+) -> TrainResult:
+    """Train `model` (float32, in place) on the examples example_fn(0), example_fn(1), ... and save it to `out_dir`.
+
+    example_fn must be a pure function of its index. eval_hook(model, step) is called with the model in eval mode
+    (with the averaged weights if settings.ema is set) every `eval_every` steps and after the last one; what it
+    returns goes into the log under "eval". out_dir receives training_log.jsonl, checkpoints/, and at the end the
+    model in bf16 (the averaged one if ema is set, which `model` then holds too).
+
+    If out_dir holds a checkpoint, the run continues from it. ValueError if that has other settings or another model,
+    if an example does not fit, or if the loss is no longer finite.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    run = _Run(model, settings, out_dir, eval_hook)
+    stream = step_batches(
+        example_fn,
+        run.at.cursor,
+        rows=settings.tokens_per_step // settings.seq_len,
+        micro_rows=settings.micro_tokens // settings.seq_len,
+        seq_len=settings.seq_len,
+        longest=min(settings.seq_len, model.config.max_position_embeddings),
+        depths=len(model.mtp_layers),
+    )
+    with Prefetch(stream) as batches:
+        while not run.ended:
+            run.step(next(batches))
+    if run.average is not None:
+        _copy(run.live, run.average)
+    model.eval()
+    model.save_pretrained(out_dir, dtype=torch.bfloat16)
+    return TrainResult(out_dir, run.at.step, run.at.tokens, run.at.seconds, run.log.last)
+
+
+class _Run:
+    """A run between two steps, and the step."""
+
+    def __init__(self, model: DeepseekV3, settings: TrainSettings, out_dir: Path, eval_hook: EvalHook | None) -> None:
+        if any(p.dtype != torch.float32 for p in model.parameters()):
+            raise ValueError("the model to train is not float32; for bf16 training keep it so and set bf16=True")
+        self.model, self.settings, self.eval_hook = model, settings, eval_hook
+        self.device = next(model.parameters()).device
+        self.balance = LoadBalance(model)
+        self.optimizer = _optimizer(model, settings)
+        self.live = train_state.weights(model)
+        self.average = {n: t.clone() for n, t in self.live.items()} if settings.ema > 0 else None
+        self.checkpoints = out_dir / "checkpoints"
+        self.at = train_state.Progress()
+        newest = train_state.latest(self.checkpoints)
+        if newest is not None:
+            self.at, stored = train_state.read(newest)
+            settings.check_resumes(stored, str(newest))
+            train_state.load(newest, model, self.optimizer, self.average)
+            print(f"resumed at step {self.at.step} ({self.at.tokens:,} tokens)", flush=True)
+        self.log = TrainingLog(out_dir / "training_log.jsonl", self.at.step)
+        self.unwritten_tokens, self.unwritten_seconds = 0, 0.0
+
+    @property
+    def ended(self) -> bool:
+        return self.at.tokens >= self.settings.total_tokens
+
+    def step(self, batch: StepBatch) -> None:
+        """One optimizer step, then what is due after it: evaluation, log, checkpoint."""
+        began = time.perf_counter()
+        settings, at = self.settings, self.at
+        rate = self._set_rate()
+        self.model.train()
+        objective, figures = self._objective(), dict[str, torch.Tensor]()
+        for micro in batch.micro:
+            loss, parts = objective(self.model, self.balance, micro.to(self.device), batch)
+            loss.backward()
+            figures = {name: part + figures.get(name, 0.0) for name, part in parts.items()}
+        limit = settings.grad_clip or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        max_vio_L = self.balance.update(settings.balance_speed)
+        at.step, at.tokens, at.cursor = at.step + 1, at.tokens + batch.tokens, batch.cursor
+        if self.average is not None:
+            # Early on the average forgets faster: it would be made of the initial weights.
+            decay = min(settings.ema, (1 + at.step) / (10 + at.step))
+            torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
+        self.log.add(
+            {"step": at.step, "tokens": at.tokens}
+            | figures
+            | {"lr": rate, "grad_norm": grad_norm, "max_vio": max_vio_L, "max_vio_mean": max_vio_L.mean()}
+            | {"padding_fraction": 1 - batch.tokens / batch.positions}
+        )
+        self.unwritten_tokens += batch.tokens
+        self.unwritten_seconds += time.perf_counter() - began
+        self._afterwards()
+
+    def _set_rate(self) -> float:
+        settings = self.settings
+        rate = settings.learning_rate * learning_rate_factor(
+            settings.schedule,
+            self.at.tokens,
+            settings.total_tokens,
+            warmup_tokens=settings.warmup_tokens,
+            decay_fraction=settings.decay_fraction,
+            final_fraction=settings.final_fraction,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _objective(self) -> Objective:
+        settings = self.settings
+        mtp_weight = settings.mtp_weight
+        if settings.mtp_weight_late is not None and self.at.tokens >= settings.mtp_late_from * settings.total_tokens:
+            mtp_weight = settings.mtp_weight_late
+        return Objective(mtp_weight, settings.balance_loss, settings.bf16)
+
+    def _afterwards(self) -> None:
+        settings, step = self.settings, self.at.step
+        evaluate = self.eval_hook is not None and (self.ended or _due(step, settings.eval_every))
+        checkpoint = self.ended or _due(step, settings.checkpoint_every)
+        if evaluate or checkpoint or _due(step, settings.log_every):
+            self._write_log(self._evaluate() if evaluate else None)
+        if checkpoint:
+            stored = dataclasses.asdict(settings)
+            train_state.save(self.checkpoints, self.at, stored, self.model, self.optimizer, self.average)
+        if self.ended or _due(step, settings.print_every):
+            self._print()
+
+    def _write_log(self, evaluation: dict[str, Any] | None) -> None:
+        """Write the waiting lines. ValueError if a loss is not finite: no checkpoint is made of such a state."""
+        began = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the queued steps' time belongs to them
+        self.unwritten_seconds += time.perf_counter() - began
+        self.at.seconds += self.unwritten_seconds
+        speed = self.unwritten_tokens / max(self.unwritten_seconds, 1e-9)
+        if evaluation is not None:
+            self.log.waiting[-1]["eval"] = evaluation
+        rows = self.log.write(tokens_per_second=round(speed, 1), seconds=round(self.at.seconds, 3))
+        self.unwritten_tokens, self.unwritten_seconds = 0, 0.0
+        for row in rows:
+            if not abs(row["loss"]) + row["grad_norm"] < float("inf"):
+                raise ValueError(
+                    f"at step {row['step']} the loss is {row['loss']} and the gradient's norm {row['grad_norm']}: "
+                    "lower learning_rate or lengthen warmup_tokens"
+                )
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, Any]:
+        assert self.eval_hook is not None
+        self.model.eval()
+        own = {n: t.clone() for n, t in self.live.items()} if self.average is not None else None
+        if self.average is not None:
+            _copy(self.live, self.average)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            figures = self.eval_hook(self.model, self.at.step)
+        if own is not None:
+            _copy(self.live, own)
+        return figures
+
+    def _print(self) -> None:
+        last, settings = self.log.last, self.settings
+        speed = last["tokens_per_second"]
+        left = (settings.total_tokens - self.at.tokens) / max(speed, 1e-9)
+        line = f"step {self.at.step}  {self.at.tokens / settings.total_tokens:6.1%}  loss {last['loss']:.4f}"
+        if "mtp_acceptance" in last:
+            line += f"  mtp {last['mtp_loss']:.4f} ({last['mtp_acceptance']:.1%})"
+        line += f"  lr {last['lr']:.2e}  MaxVio {last['max_vio_mean']:.2f}  {speed:,.0f} tok/s"
+        line += f"  {_clock(max(0.0, left))} left"
+        print(line + (f"  {last['eval']}" if "eval" in last else ""), flush=True)
+
+
+def _optimizer(model: DeepseekV3, settings: TrainSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "muon":
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+        embeddings |= {id(model.lm_head.weight)}
+        hidden = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
+        others = [p for p in model.parameters() if p.dim() < 2 or id(p) in embeddings]
+        return MuonAdamW(
+            hidden, others, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+
+
+@torch.no_grad()
+def _copy(into: dict[str, torch.Tensor], source: dict[str, torch.Tensor]) -> None:
+    for name, tensor in into.items():
+        tensor.copy_(source[name])
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
