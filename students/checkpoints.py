@@ -1,0 +1,162 @@
+"""Checkpoints that survive a kill at any moment: written aside, synced, then renamed into place.
+
+    work_dir/checkpoint-150/     model, optimizer and random state as accelerate saves them; ema.safetensors;
+                                 trainer.json: fingerprint, scheduler, and how far the run has come
+    work_dir/training_log.jsonl  one line a logged step; on resuming, lines after the checkpoint are cut
+
+Only the newest checkpoint is kept. Nothing in them is ever unpickled except by torch's weights-only loader.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from students.ema import Ema
+
+
+class Counted(Protocol):
+    """What Progress.advance reads of a step."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def position(self) -> Any: ...
+
+
+@dataclass
+class Progress:
+    """How far training has come. `slots` are positions computed, padding included; `loss` is the last step's."""
+
+    step: int = 0
+    tokens: int = 0
+    slots: int = 0
+    seconds: float = 0.0
+    loss: float = float("nan")
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    position: Any = None
+
+    def advance(self, step: Counted, loss: float) -> None:
+        self.step += 1
+        self.tokens += step.tokens
+        self.slots += step.slots
+        self.position = step.position
+        self.loss = loss
+
+    @property
+    def padding_fraction(self) -> float:
+        return 1 - self.tokens / self.slots if self.slots else 0.0
+
+
+def save_checkpoint(
+    accelerator: "Accelerator", work_dir: Path, fingerprint: str, progress: Progress, scheduler: Any, ema: "Ema | None"
+) -> None:
+    """Write checkpoint-<step> whole and remove the one before. Every process must call it."""
+    final = work_dir / f"checkpoint-{progress.step}"
+    aside = work_dir / f".{final.name}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    if ema is not None:
+        from safetensors.torch import save_file
+
+        save_file(ema.state_dict(), aside / "ema.safetensors")
+    state = {"fingerprint": fingerprint, "progress": asdict(progress), "scheduler": scheduler.state_dict()}
+    (aside / "trainer.json").write_text(json.dumps(state))
+    sync_tree(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    sync_folder(work_dir)
+    _remove_others(work_dir, final)
+
+
+def latest_checkpoint(
+    accelerator: "Accelerator", work_dir: Path, fingerprint: str, scheduler: Any, ema: "Ema | None"
+) -> Progress | None:
+    """Load the newest checkpoint of the same fingerprint into what accelerate prepared; None if there is none."""
+    folder = next((path for path, state in _checkpoints(work_dir) if state["fingerprint"] == fingerprint), None)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        _remove_others(work_dir, folder)
+    if folder is None:
+        return None
+    state = json.loads((folder / "trainer.json").read_text())
+    accelerator.load_state(str(folder))
+    scheduler.load_state_dict(state["scheduler"])
+    if ema is not None:
+        from safetensors.torch import load_file
+
+        ema.load_state_dict(load_file(folder / "ema.safetensors"))
+    return Progress(**state["progress"])
+
+
+def _checkpoints(work_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Complete checkpoints, newest first."""
+    folders = sorted(work_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return [(path, json.loads((path / "trainer.json").read_text())) for path in folders]
+
+
+def _remove_others(work_dir: Path, keep: Path | None) -> None:
+    for path in [*work_dir.glob("checkpoint-*"), *work_dir.glob(".checkpoint-*.tmp")]:
+        if path != keep:
+            shutil.rmtree(path)
+
+
+class TrainingLog:
+    """training_log.jsonl of the main process; on opening, lines after step `keep` (and a torn one) are cut."""
+
+    def __init__(self, path: Path, keep: int, is_main: bool) -> None:
+        self._file = None
+        if not is_main:
+            return
+        lines = [line for line in _whole_lines(path) if json.loads(line)["step"] <= keep]
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text("".join(lines))
+        os.replace(aside, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close(), with the loop)
+
+    def append(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """On the disk before the checkpoint that counts on it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def sync_tree(folder: Path) -> None:
+    """Every file below `folder`, and the folders, on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_folder(path)
+
+
+def sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
