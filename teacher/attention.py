@@ -3,7 +3,7 @@
 DeepSeek-V2 arXiv 2405.04434 section 2.1; DeepSeek-V3 section 2.1.1 (eq. 1-11).
 
 Shapes: B batch, T query tokens, S cached tokens, H heads, N = qk_nope_head_dim, D = qk_rope_head_dim, V = v_head_dim,
-R = kv_lora_rank, C = R + D the cached latent.
+R = kv_lora_rank, C = R + D the cached latent, K = N + D.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class MultiHeadLatentAttention(nn.Module):
         kv_BTR, k_rope_BTD = self.kv_a_proj_with_mqa(x_BTH).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         k_rope_BTD = rotate(k_rope_BTD, cos_BTD, sin_BTD, config.rope_interleave)
         kv_BTR = self.kv_a_layernorm(kv_BTR)
-        return torch.cat((kv_BTR, k_rope_BTD.to(kv_BTR.dtype)), dim=-1)
+        return torch.cat((kv_BTR, k_rope_BTD), dim=-1)
 
     def forward(
         self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, mask_B1TT: Tensor | None
@@ -74,12 +74,57 @@ class MultiHeadLatentAttention(nn.Module):
             .split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         )
         k_rope_BTHD = k_rope_BTD.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
-        q = torch.cat((q_nope_BTHN, q_rope_BTHD.to(q_nope_BTHN.dtype)), dim=-1).transpose(1, 2)
-        k = torch.cat((k_nope_BTHN, k_rope_BTHD.to(k_nope_BTHN.dtype)), dim=-1).transpose(1, 2)
-        # The CPU's flash kernel wants equal head sizes; without it attention takes three times as long.
-        padding = max(config.qk_head_dim - config.v_head_dim, 0) if q.device.type == "cpu" else 0
-        v = F.pad(v_BTHV, (0, padding)).transpose(1, 2) if padding else v_BTHV.transpose(1, 2)
-        out_BHTV = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask_B1TT, is_causal=mask_B1TT is None, scale=self.scale
-        )[..., : config.v_head_dim]
+        q = torch.cat((q_nope_BTHN, q_rope_BTHD), dim=-1).transpose(1, 2)
+        k = torch.cat((k_nope_BTHN, k_rope_BTHD), dim=-1).transpose(1, 2)
+        out_BHTV = scaled_dot_product(q, k, v_BTHV.transpose(1, 2), mask_B1TT, self.scale)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), latent_BTC
+
+    def decode(self, x_BH: Tensor, cos_BD: Tensor, sin_BD: Tensor, cache_BSC: Tensor, bias_BS: Tensor) -> Tensor:
+        """One new token a row against its cached latents, which already hold the token's own (see `latents`).
+
+        kv_b_proj is absorbed (V2 section 2.1.2): its key half is applied to the query, its value half to the attended
+        latent, so that keys and values are never rebuilt and all heads read the same cache entry. Returns (B, hidden).
+        """
+        config = self.config
+        heads, rank = config.num_attention_heads, config.kv_lora_rank
+        q_nope_B1HN, q_rope_B1HD = self.queries(x_BH.unsqueeze(1), cos_BD.unsqueeze(1), sin_BD.unsqueeze(1))
+        up_k_HNR, up_v_HVR = self.kv_b_proj.weight.view(heads, -1, rank).split(
+            (config.qk_nope_head_dim, config.v_head_dim), dim=1
+        )
+        q_latent_HBR = torch.bmm(q_nope_B1HN.squeeze(1).transpose(0, 1), up_k_HNR)
+        q_BHC = torch.cat((q_latent_HBR.transpose(0, 1), q_rope_B1HD.squeeze(1)), dim=-1)
+        latent_B1HR = F.scaled_dot_product_attention(
+            # One key-value head whose queries are the model's heads; the entry serves as key, and whole as value too,
+            # because the CPU's flash kernel wants equal sizes and needs no copy this way.
+            q_BHC.unsqueeze(1),
+            cache_BSC.unsqueeze(1),
+            cache_BSC.unsqueeze(1),
+            attn_mask=bias_BS[:, None, None].expand(-1, 1, heads, -1),
+            scale=self.scale,
+        )[..., :rank]
+        value_HBV = torch.bmm(latent_B1HR.squeeze(1).transpose(0, 1), up_v_HVR.transpose(1, 2))
+        return self.o_proj(value_HBV.transpose(0, 1).flatten(1))
+
+
+def scaled_dot_product(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask_B1TT: Tensor | None, scale: float) -> Tensor:
+    """Causal attention, or attention under an additive mask, in the form that this device has a fast kernel for.
+
+    The CPU's flash kernel wants equal head sizes (three times as slow without: values are padded with zeros), and its
+    bf16 backward takes twice the time of its fp32 one on rows of a few hundred tokens (so training goes through fp32).
+    """
+    dtype, size = q_BHTK.dtype, v_BHTV.shape[-1]
+    if q_BHTK.device.type != "cpu":
+        mask = None if mask_B1TT is None else mask_B1TT.to(dtype)
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BHTK, v_BHTV, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+    if torch.is_grad_enabled():
+        q_BHTK, k_BHTK, v_BHTV = q_BHTK.float(), k_BHTK.float(), v_BHTV.float()
+    if size < q_BHTK.shape[-1]:
+        v_BHTV = F.pad(v_BHTV, (0, q_BHTK.shape[-1] - size))
+    mask = None if mask_B1TT is None else mask_B1TT.to(q_BHTK.dtype)
+    with torch.autocast("cpu", enabled=False):
+        out_BHTV = F.scaled_dot_product_attention(
+            q_BHTK, k_BHTK, v_BHTV, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+    return out_BHTV[..., :size].to(dtype)

@@ -2,7 +2,8 @@
 
 DeepSeek-V3 arXiv 2412.19437. Module names are those of the checkpoint, except that the experts of a layer are stacked.
 
-Shapes: B batch, T tokens, H hidden, V vocabulary, D = qk_rope_head_dim, C = latent_dim.
+Shapes: B batch, T tokens, H hidden, V vocabulary, D = qk_rope_head_dim, C = latent_dim, L layers,
+M tokens a cache row has room for, S of them looked at.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class DeepseekV3(nn.Module):
             )
         mask_B1TT = None
         if segment_ids_BT is not None:
-            mask_B1TT = self._additive(block_causal_mask(segment_ids_BT))
+            mask_B1TT = block_causal_mask(segment_ids_BT)
             if position_ids_BT is None:
                 position_ids_BT = segment_positions(segment_ids_BT)
         if position_ids_BT is None:
@@ -144,11 +145,21 @@ class DeepseekV3(nn.Module):
                     routing.append(chosen)
         return output
 
-    def _additive(self, seen_B1TT: Tensor) -> Tensor:
-        """0 where seen, -inf elsewhere, in the dtype attention runs in: once for all layers."""
-        device = seen_B1TT.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lm_head.weight.dtype
-        return torch.zeros(seen_B1TT.shape, dtype=dtype, device=seen_B1TT.device).masked_fill_(~seen_B1TT, float("-inf"))
+    @torch.inference_mode()
+    def decode(self, input_ids_B: Tensor, position_B: Tensor, cache_LBMC: Tensor, live: int) -> Tensor:
+        """Logits (B, V) after one more token a row.
+
+        The token stands at `position_B` of its row, whose cache holds the latents of all earlier positions and gets
+        this one's. `live` is at least the highest position plus 1: what lies beyond is not looked at.
+        """
+        cos_BD, sin_BD = self.cos_TD[position_B], self.sin_TD[position_B]
+        unseen_BS = torch.arange(live, device=position_B.device) > position_B.unsqueeze(1)
+        bias_BS = torch.zeros(unseen_BS.shape, dtype=cache_LBMC.dtype, device=position_B.device)
+        bias_BS.masked_fill_(unseen_BS, float("-inf"))
+        x_BH = self.model.embed_tokens(input_ids_B)
+        for layer, cache_BMC in zip(self.main_layers, cache_LBMC, strict=True):
+            x_BH = layer.decode(x_BH, cos_BD, sin_BD, cache_BMC, position_B, bias_BS)
+        return self.lm_head(self.model.norm(x_BH))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and safetensors that transformers and vLLM load; `dtype` converts the matrices."""
@@ -158,9 +169,9 @@ class DeepseekV3(nn.Module):
 
 
 def block_causal_mask(segment_ids_BT: Tensor) -> Tensor:
-    """True where query (row) may see key (column): same segment, not later. Shape (B, 1, T, T)."""
-    same = segment_ids_BT.unsqueeze(-1) == segment_ids_BT.unsqueeze(-2)
-    return same.tril().unsqueeze(1)
+    """0 where query (row) may see key (column): same segment, not later; -inf elsewhere. Shape (B, 1, T, T), fp32."""
+    seen_BTT = (segment_ids_BT.unsqueeze(-1) == segment_ids_BT.unsqueeze(-2)).tril()
+    return torch.zeros(seen_BTT.shape, device=seen_BTT.device).masked_fill_(~seen_BTT, float("-inf")).unsqueeze(1)
 
 
 def segment_positions(segment_ids_BT: Tensor) -> Tensor:

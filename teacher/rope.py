@@ -80,7 +80,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
 
     `interleave` says how pairs lie in `x`: (x0, x1), (x2, x3), … as in DeepSeek's weights, or first half with second
     half. The result always has first halves, then second halves: scores do not see the order as long as queries and
-    keys agree, and the cache then has one layout.
+    keys agree, and the cache then has one layout. Computed in the dtype of cos (fp32), returned in that of `x`.
     """
     first, second = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
