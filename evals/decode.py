@@ -137,7 +137,6 @@ class Decoder:
                 f"{type(model).__name__} has layers of the types {sorted(kinds)}; expected full_attention in all"
             )
         AttentionInterface.register(ATTENTION, _attend)
-        model.config._attn_implementation = ATTENTION
         self.model = model.eval()
         self.batch_size = batch_size
 
@@ -191,14 +190,7 @@ class _Batch:
         self.cache.rows = torch.arange(first, len(self.rows), device=device)
         # Padding is on the right, behind everything that is read, so the mask is the plain causal one.
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()[None, None]
-        self.model(
-            input_ids=torch.from_numpy(prompt).to(device),
-            position_ids=torch.arange(longest, device=device)[None],
-            attention_mask=causal,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        self._forward(torch.from_numpy(prompt).to(device), torch.arange(longest, device=device)[None], causal)
         self.cache.rows = None
 
     @torch.inference_mode()
@@ -211,13 +203,8 @@ class _Batch:
         cache.width = int(self.position[:active].max()) + 1
         seen_BS = torch.arange(cache.width, device=device)[None] <= position_B[:, None]
         mask = torch.zeros(seen_BS.shape, dtype=self.model.dtype, device=device).masked_fill_(~seen_BS, -torch.inf)
-        logits_BV = self.model(
-            input_ids=torch.from_numpy(self.token[:active, None]).to(device),
-            position_ids=position_B[:, None],
-            attention_mask=mask[:, None, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        token_B1 = torch.from_numpy(self.token[:active, None]).to(device)
+        logits_BV = self._forward(token_B1, position_B[:, None], mask[:, None, None])
         uniform = uniforms(self.seed[:active], self.count[:active].astype(np.uint64))
         temperature_B, top_p_B, uniform_B = (
             torch.from_numpy(values).to(device) for values in (self.temperature[:active], self.top_p[:active], uniform)
@@ -242,6 +229,23 @@ class _Batch:
         for slot, _ in reversed(ended):  # from the last, so that the row moved into a hole is never an ended one
             self._remove(slot)
         return done
+
+    def _forward(self, ids_BT: torch.Tensor, position_BT: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) of the last position. A four-dimensional mask is taken by transformers as it is."""
+        config = self.model.config
+        usual, config._attn_implementation = config._attn_implementation, ATTENTION
+        try:
+            out = self.model(
+                input_ids=ids_BT,
+                position_ids=position_BT,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        finally:
+            config._attn_implementation = usual  # the caller's model goes on as it was
+        return out.logits[:, -1]
 
     @torch.inference_mode()
     def _remove(self, slot: int) -> None:

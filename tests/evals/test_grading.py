@@ -217,7 +217,8 @@ def test_real_r1_answers_are_graded_as_their_authors_say():
     path = DATA / "traces" / "r1_normal.jsonl.gz"
     if not path.is_file():
         pytest.skip(f"no real traces in {DATA}")
-    rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     rows = [row for row in rows if "Error after" not in row["response"]]
     graded = grade_many([(row["response"], row["answer"], "math") for row in rows])
     boxed = [(row, g) for row, g in zip(rows, graded, strict=True) if g.extracted is not None]
