@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from teacher.config import DeepseekV3Config
 from teacher.norm import RMSNorm
 from teacher.rope import rotate, softmax_scale
+from teacher.segments import Packing
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -58,9 +59,9 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.cat((kv_BTR, k_rope_BTD), dim=-1)
 
     def forward(
-        self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, mask_B1TT: Tensor | None
+        self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, packing: Packing
     ) -> tuple[Tensor, Tensor]:
-        """Causal attention of the tokens among themselves; `mask_B1TT` (added to scores) replaces the causal mask.
+        """Causal attention of the tokens among themselves, within the segments that `packing` says.
 
         Returns the output (B, T, hidden) and the latents (B, T, C) for a cache.
         """
@@ -76,7 +77,7 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope_BTHD = k_rope_BTD.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
         q = torch.cat((q_nope_BTHN, q_rope_BTHD), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope_BTHN, k_rope_BTHD), dim=-1).transpose(1, 2)
-        out_BHTV = scaled_dot_product(q, k, v_BTHV.transpose(1, 2), mask_B1TT, self.scale)
+        out_BHTV = scaled_dot_product(q, k, v_BTHV.transpose(1, 2), packing, self.scale)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), latent_BTC
 
     def decode(self, x_BH: Tensor, cos_BD: Tensor, sin_BD: Tensor, cache_BSC: Tensor, bias_BS: Tensor) -> Tensor:
@@ -106,15 +107,16 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(value_HBV.transpose(0, 1).flatten(1))
 
 
-def scaled_dot_product(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask_B1TT: Tensor | None, scale: float) -> Tensor:
-    """Causal attention, or attention under an additive mask, in the form that this device has a fast kernel for.
+def scaled_dot_product(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Causal attention within segments, in the form that this device has a fast kernel for.
 
     The CPU's flash kernel wants equal head sizes (three times as slow without: values are padded with zeros), and its
     bf16 backward takes twice the time of its fp32 one on rows of a few hundred tokens (so training goes through fp32).
     """
     dtype, size = q_BHTK.dtype, v_BHTV.shape[-1]
     if q_BHTK.device.type != "cpu":
-        mask = None if mask_B1TT is None else mask_B1TT.to(dtype)
+        assert not isinstance(packing, list)
+        mask = None if packing is None else packing.to(dtype)
         return F.scaled_dot_product_attention(
             q_BHTK, k_BHTK, v_BHTV, attn_mask=mask, is_causal=mask is None, scale=scale
         )
@@ -122,9 +124,23 @@ def scaled_dot_product(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask_B1TT
         q_BHTK, k_BHTK, v_BHTV = q_BHTK.float(), k_BHTK.float(), v_BHTV.float()
     if size < q_BHTK.shape[-1]:
         v_BHTV = F.pad(v_BHTV, (0, q_BHTK.shape[-1] - size))
-    mask = None if mask_B1TT is None else mask_B1TT.to(q_BHTK.dtype)
     with torch.autocast("cpu", enabled=False):
-        out_BHTV = F.scaled_dot_product_attention(
-            q_BHTK, k_BHTK, v_BHTV, attn_mask=mask, is_causal=mask is None, scale=scale
-        )
+        if isinstance(packing, list):
+            out_BHTV = _by_segment(q_BHTK, k_BHTK, v_BHTV, packing, scale)
+        else:
+            mask = None if packing is None else packing.to(q_BHTK.dtype)
+            out_BHTV = F.scaled_dot_product_attention(
+                q_BHTK, k_BHTK, v_BHTV, attn_mask=mask, is_causal=mask is None, scale=scale
+            )
     return out_BHTV[..., :size].to(dtype)
+
+
+def _by_segment(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """Causal attention of each segment alone; `split` keeps the backward pass at one concatenation."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q_BHTK, k_BHTK, v_BHTK))
+    outputs = []
+    for q_THK, k_THK, v_THK in zip(q, k, v, strict=True):
+        q_1HTK, k_1HTK, v_1HTK = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, k_THK, v_THK))
+        out_1HTK = F.scaled_dot_product_attention(q_1HTK, k_1HTK, v_1HTK, is_causal=True, scale=scale)
+        outputs.append(out_1HTK.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs).unflatten(0, (q_BHTK.shape[0], -1)).transpose(1, 2)

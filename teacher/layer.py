@@ -10,6 +10,7 @@ from teacher.config import DeepseekV3Config
 from teacher.experts import MLP, MoE
 from teacher.norm import RMSNorm
 from teacher.routing import Routing
+from teacher.segments import Packing
 
 
 class DecoderLayer(nn.Module):
@@ -27,10 +28,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, mask_B1TT: Tensor | None
+        self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, packing: Packing
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """The layer's output, the latents to cache, and the routing (None in a dense layer)."""
-        attended, latent_BTC = self.self_attn(self.input_layernorm(x_BTH), cos_BTD, sin_BTD, mask_B1TT)
+        attended, latent_BTC = self.self_attn(self.input_layernorm(x_BTH), cos_BTD, sin_BTD, packing)
         x_BTH = x_BTH + attended
         fed, routing = self.feed_forward(x_BTH)
         return x_BTH + fed, latent_BTC, routing

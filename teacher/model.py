@@ -21,6 +21,7 @@ from teacher.mtp import MTPLayer
 from teacher.norm import RMSNorm
 from teacher.rope import rotation_table
 from teacher.routing import Router, Routing
+from teacher.segments import Packing, segment_packing, segment_positions
 
 
 @dataclass
@@ -102,28 +103,27 @@ class DeepseekV3(nn.Module):
         """Logits for every position; without `logits`, the hidden states that they are made of (training needs few).
 
         Rows may be padded on the right: later tokens never change earlier ones. Packed rows give `segment_ids_BT`
-        (any integers; a token sees earlier tokens of equal id) and positions that restart with each segment, which are
-        derived when not given. `mtp` also runs the MTP modules. Raises ValueError if T exceeds the model's context.
+        (integers; a segment is a run of equal ones, and sees only itself) and positions that restart with each
+        segment, which are derived when not given. `mtp` also runs the MTP modules. Raises ValueError if a sequence is
+        longer than the model's context.
         """
-        length = input_ids_BT.shape[1]
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input of {length} tokens is longer than max_position_embeddings ({self.config.max_position_embeddings})"
-            )
-        mask_B1TT = None
+        length, context = input_ids_BT.shape[1], self.config.max_position_embeddings
+        packing: Packing = None
         if segment_ids_BT is not None:
-            mask_B1TT = block_causal_mask(segment_ids_BT)
+            packing = segment_packing(segment_ids_BT)
             if position_ids_BT is None:
                 position_ids_BT = segment_positions(segment_ids_BT)
         if position_ids_BT is None:
             position_ids_BT = torch.arange(length, device=input_ids_BT.device).unsqueeze(0)
+        if length > context and (longest := int(position_ids_BT.max()) + 1) > context:
+            raise ValueError(f"input of {longest} tokens is longer than max_position_embeddings ({context})")
         cos_BTD, sin_BTD = self.cos_TD[position_ids_BT], self.sin_TD[position_ids_BT]
 
         embedded_BTH = self.model.embed_tokens(input_ids_BT)
         x_BTH = embedded_BTH
         latents, routing = [], []
         for layer in self.main_layers:
-            x_BTH, latent_BTC, chosen = layer(x_BTH, cos_BTD, sin_BTD, mask_B1TT)
+            x_BTH, latent_BTC, chosen = layer(x_BTH, cos_BTD, sin_BTD, packing)
             latents.append(latent_BTC)
             if chosen is not None:
                 routing.append(chosen)
@@ -134,9 +134,9 @@ class DeepseekV3(nn.Module):
             previous = hidden_BTH
             for depth, module in enumerate(self.mtp_layers, start=1):
                 kept = length - depth
-                mask = None if mask_B1TT is None else mask_B1TT[..., :kept, :kept]
+                packing = None if segment_ids_BT is None else segment_packing(segment_ids_BT[:, :kept])
                 previous, _, chosen = module.predict(
-                    previous[:, :kept], embedded_BTH[:, depth:], cos_BTD[:, :kept], sin_BTD[:, :kept], mask
+                    previous[:, :kept], embedded_BTH[:, depth:], cos_BTD[:, :kept], sin_BTD[:, :kept], packing
                 )
                 output.mtp_hidden.append(module.shared_head.norm(previous))
                 if logits:
@@ -166,17 +166,3 @@ class DeepseekV3(nn.Module):
         from teacher.checkpoint import save_checkpoint
 
         save_checkpoint(self, folder, dtype)
-
-
-def block_causal_mask(segment_ids_BT: Tensor) -> Tensor:
-    """0 where query (row) may see key (column): same segment, not later; -inf elsewhere. Shape (B, 1, T, T), fp32."""
-    seen_BTT = (segment_ids_BT.unsqueeze(-1) == segment_ids_BT.unsqueeze(-2)).tril()
-    return torch.zeros(seen_BTT.shape, device=seen_BTT.device).masked_fill_(~seen_BTT, float("-inf")).unsqueeze(1)
-
-
-def segment_positions(segment_ids_BT: Tensor) -> Tensor:
-    """Positions counted from each segment's first token; segments are runs of equal ids."""
-    index = torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device).expand_as(segment_ids_BT)
-    starts = torch.ones_like(segment_ids_BT, dtype=torch.bool)
-    starts[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values

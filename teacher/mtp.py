@@ -11,6 +11,7 @@ from teacher.config import DeepseekV3Config
 from teacher.layer import DecoderLayer
 from teacher.norm import RMSNorm
 from teacher.routing import Routing
+from teacher.segments import Packing
 
 
 class SharedHead(nn.Module):
@@ -32,7 +33,7 @@ class MTPLayer(DecoderLayer):
         self.shared_head = SharedHead(config)
 
     def predict(
-        self, previous_BTH: Tensor, embedded_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, mask_B1TT: Tensor | None
+        self, previous_BTH: Tensor, embedded_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, packing: Packing
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """From hidden states at positions i and embeddings of tokens i + k: h_i^k before the head's norm (eq. 21-22).
 
@@ -40,4 +41,4 @@ class MTPLayer(DecoderLayer):
         the embedding first: this is how DeepSeek's weights are served by vLLM and transformers.
         """
         joined = torch.cat((self.enorm(embedded_BTH), self.hnorm(previous_BTH)), dim=-1)
-        return self(self.eh_proj(joined), cos_BTD, sin_BTD, mask_B1TT)
+        return self(self.eh_proj(joined), cos_BTD, sin_BTD, packing)
