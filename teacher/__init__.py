@@ -1,8 +1,7 @@
 """An R1-style teacher: the DeepSeek-V3 architecture, its checkpoints, its engine.
 
-    from teacher import load_model
-    model = load_model("path/to/model")          # or load_model(DeepseekV3Config(...)) for fresh weights
-    logits = model(input_ids).logits
+`load_model(folder)` reads a checkpoint, `load_model(DeepseekV3Config(...))` draws fresh weights;
+`model(input_ids).logits` then is what transformers' DeepseekV3ForCausalLM gives.
 """
 
 from __future__ import annotations

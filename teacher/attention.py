@@ -34,7 +34,8 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, config.latent_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=1e-6)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
         self.scale = softmax_scale(config)
 

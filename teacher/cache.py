@@ -15,7 +15,7 @@ from teacher.config import DeepseekV3Config
 
 
 class LatentCache:
-    """A fixed number of slots, each with room for `max_len` tokens. Slots in use are kept at the front by the engine."""
+    """A fixed number of slots, each with room for `max_len` tokens. The engine keeps those in use at the front."""
 
     def __init__(
         self, config: DeepseekV3Config, slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str

@@ -33,15 +33,12 @@ def load_checkpoint(
     source: str | Path | DeepseekV3Config, dtype: torch.dtype | str | None, device: torch.device | str
 ) -> DeepseekV3:
     """See `teacher.load_model`."""
-    if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}; expected the name of a torch dtype such as 'float32' or 'bfloat16'")
-        dtype = getattr(torch, dtype)
+    wanted = _torch_dtype(dtype)
     if isinstance(source, DeepseekV3Config):
-        return _cast(DeepseekV3(source), dtype or torch.float32).to(device)
+        return _cast(DeepseekV3(source), wanted or torch.float32).to(device)
     source = Path(source)
     if source.suffix == ".json":
-        return load_checkpoint(DeepseekV3Config.from_json(source), dtype, device)
+        return load_checkpoint(DeepseekV3Config.from_json(source), wanted, device)
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder; expected a model folder with config.json and safetensors")
     config = DeepseekV3Config.from_json(source)
@@ -52,15 +49,16 @@ def load_checkpoint(
     first_mtp = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(name.startswith(first_mtp) for name in found):
         # transformers writes the field but not the tensors.
-        warnings.warn(f"{source}: no MTP weights although num_nextn_predict_layers is set; loading without", stacklevel=3)
+        message = f"{source}: no MTP weights although num_nextn_predict_layers is set; loading without"
+        warnings.warn(message, stacklevel=3)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     with torch.device("meta"):
         model = DeepseekV3(config)
     _check_names(source, {name: list(t.shape) for name, t in disk_tensors(model)}, found, set(mtp_copies(config)))
-    if dtype is None:
+    if wanted is None:
         with safe_open(found["model.embed_tokens.weight"][0], "pt") as file:
-            dtype = file.get_tensor("model.embed_tokens.weight").dtype
-    model = _cast(model, dtype).to_empty(device=device)
+            wanted = file.get_slice("model.embed_tokens.weight")[:1].dtype
+    model = _cast(model, wanted).to_empty(device=device)
     model.fill_rotation_table()
     _fill(model, files)
     return model
@@ -81,7 +79,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
-        raise ValueError(f"{folder}: holds pickled weights ({pickles[0]}), which can run code when read; expected safetensors")
+        raise ValueError(f"{folder}: expected safetensors, found a pickle ({pickles[0]}), which can run code when read")
     raise ValueError(f"{folder}: no model.safetensors and no {INDEX}")
 
 
@@ -134,7 +132,7 @@ def save_checkpoint(
         shards[-1].append(name)
         size += bytes_here
         total += bytes_here
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
@@ -155,6 +153,15 @@ def save_checkpoint(
     config.to_json(folder / "config.json")
 
 
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; expected the name of a torch dtype such as 'float32' or 'bfloat16'")
+    return found
+
+
 def _cast(model: DeepseekV3, dtype: torch.dtype) -> DeepseekV3:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -167,7 +174,7 @@ def _stored_shapes(files: list[Path]) -> dict[str, tuple[Path, list[int]]]:
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118, not a mapping
                     if name in found:
                         raise ValueError(f"{path}: tensor {name} is also in {found[name][0].name}")
                     found[name] = (path, file.get_slice(name).get_shape())
@@ -202,7 +209,7 @@ def _fill(model: DeepseekV3, files: list[Path]) -> None:
     later: dict[str, tuple[Path, Tensor]] = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118, not a mapping
                 if name in places:
                     places[name].copy_(file.get_tensor(name))
                 elif name in copies:

@@ -71,10 +71,10 @@ class DeepseekV3Config:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in _POSITIVE:
             value = getattr(self, name)
-            _require(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, value, "a positive integer")
+            _require(type(value) is int and value > 0, name, value, "a positive integer")
         for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 0, name, value, "an integer of at least 0")
+            _require(type(value) is int and value >= 0, name, value, "an integer of at least 0")
         _require(
             self.q_lora_rank is None or (isinstance(self.q_lora_rank, int) and self.q_lora_rank > 0),
             "q_lora_rank", self.q_lora_rank, "a positive integer or null",
@@ -87,7 +87,8 @@ class DeepseekV3Config:
         group_size = self.n_routed_experts // self.n_group
         _require(
             self.n_routed_experts % self.n_group == 0 and group_size >= 2,
-            "n_group", self.n_group, f"a divisor of n_routed_experts ({self.n_routed_experts}) leaving groups of 2 or more",
+            "n_group", self.n_group,
+            f"a divisor of n_routed_experts ({self.n_routed_experts}) in groups of 2 or more",
         )  # fmt: skip
         _require(self.topk_group <= self.n_group, "topk_group", self.topk_group, f"at most n_group ({self.n_group})")
         _require(
@@ -183,8 +184,8 @@ def _check_rope_scaling(rope: dict[str, Any] | None) -> None:
     rope_type = rope.get("type", rope.get("rope_type"))
     _require(rope_type == "yarn", "rope_scaling.type", rope_type, "'yarn', or no rope_scaling")
     for name in ("factor", "original_max_position_embeddings"):
-        value = rope.get(name)
-        _require(isinstance(value, (int, float)) and value >= 1, f"rope_scaling.{name}", value, "a number of at least 1")
+        value: Any = rope.get(name)
+        _require(type(value) in (int, float) and value >= 1, f"rope_scaling.{name}", value, "a number of at least 1")
     unknown = sorted(set(rope) - _ROPE_KEYS)
     _require(not unknown, "rope_scaling", unknown, "only YaRN's keys")
     _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "rope_scaling.partial_rotary_factor", rope, "1.0")

@@ -33,7 +33,7 @@ class ModelOutput:
     latents: list[Tensor]  # per main layer (B, T, C): what a cache stores
     routing: list[Routing]  # one per MoE layer, in layer order, MTP layers last if they ran; rows are B * T tokens
     mtp_hidden: list[Tensor] = field(default_factory=list)  # k-th (from 1): (B, T - k, H) after its head's norm
-    mtp_logits: list[Tensor] = field(default_factory=list)  # k-th (from 1): (B, T - k, V), position i predicts i + 1 + k
+    mtp_logits: list[Tensor] = field(default_factory=list)  # k-th: (B, T - k, V), position i predicts i + 1 + k
 
 
 class Backbone(nn.Module):
@@ -49,7 +49,7 @@ class Backbone(nn.Module):
 
 
 class DeepseekV3(nn.Module):
-    """A DeepSeek-V3 language model. Fresh weights are normal with `initializer_range`, as in the paper (section 4.2)."""
+    """A DeepSeek-V3 language model. Fresh weights are normal with std `initializer_range` (V3 section 4.2)."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ class _RMSNormFunction(torch.autograd.Function):
         return (x32 * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         grad32, weight32 = grad.float(), weight.float()
         # LayerNorm's fused backward, told that the mean is 0, subtracts the mean of grad * weight; put that back.

@@ -112,7 +112,7 @@ class Slots:
                 self.temperature_S, self.top_p_S, self.done_S, self.stop_SN, self.out_SW,
             ):  # fmt: skip
                 state[slot] = state[last]
-        for values in (self.requests, self.entered, self.starts):
-            values[slot] = values[last]  # type: ignore[index]
-            values.pop()
+        moved = self.requests.pop(), self.entered.pop(), self.starts.pop()
+        if slot != last:
+            self.requests[slot], self.entered[slot], self.starts[slot] = moved
         self.used = last

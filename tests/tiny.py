@@ -1,9 +1,9 @@
 """Small random models and a byte tokenizer, so that no test needs a download or the shipped weights.
 
-    tokenizer()                  a byte-level tokenizer with DeepSeek-R1's chat form
-    deepseek_config(**changes)   a DeepSeek-V3 config of about 60k parameters
-    write_teacher(folder)        random DeepSeek-V3 model + tokenizer as a Hugging Face folder
-    write_qwen(folder), write_llama(folder)   random dense students + tokenizer, likewise
+tokenizer()                  a byte-level tokenizer with DeepSeek-R1's chat form
+deepseek_config(**changes)   a DeepSeek-V3 config of about 80k parameters
+write_teacher(folder)        random DeepSeek-V3 model + tokenizer as a Hugging Face folder
+write_qwen(folder), write_llama(folder)   random dense students + tokenizer, likewise
 """
 
 from __future__ import annotations
@@ -49,15 +49,16 @@ def deepseek_config(**changes: Any) -> DeepseekV3Config:
     """A DeepSeek-V3 config with everything in it: q_lora, groups, a dense first layer, a shared expert, MTP, YaRN."""
     from teacher.config import DeepseekV3Config
 
-    fields: dict[str, Any] = dict(
-        vocab_size=263, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=2, n_shared_experts=1, n_routed_experts=8, n_group=4, topk_group=2,
-        num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
-        qk_rope_head_dim=8, v_head_dim=8, max_position_embeddings=512, num_nextn_predict_layers=1,
-        bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.2,
-        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32,
-                      "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "vocab_size": 263, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+        "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "n_shared_experts": 1,
+        "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "max_position_embeddings": 512, "num_nextn_predict_layers": 1, "initializer_range": 0.2,
+        "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32,
+                         "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+    }  # fmt: skip
     return DeepseekV3Config(**(fields | changes))
 
 
@@ -90,10 +91,11 @@ def write_llama(folder: str | Path, seed: int = 0, **changes: Any) -> Path:
 def _write_student(model_class: Any, config_class: Any, folder: str | Path, seed: int, changes: dict[str, Any]) -> Path:
     import torch
 
-    fields: dict[str, Any] = dict(
-        vocab_size=263, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=258,
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "vocab_size": 263, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+    }  # fmt: skip
     torch.manual_seed(seed)
     model_class(config_class(**(fields | changes))).save_pretrained(folder)
     tokenizer().save_pretrained(folder)

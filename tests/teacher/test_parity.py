@@ -81,7 +81,8 @@ def test_greedy_continuations_are_identical(seed, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     prompts = torch.randint(4, config.vocab_size, (3, 9))
     requests = [
-        Request(str(row), prompt.tolist(), temperature=0, max_tokens=40, stop_ids=[]) for row, prompt in enumerate(prompts)
+        Request(str(row), prompt.tolist(), temperature=0, max_tokens=40, stop_ids=[])
+        for row, prompt in enumerate(prompts)
     ]
     found = {completion.id: completion.token_ids for completion in Engine(ours, batch_size=2).generate(requests)}
     with warnings.catch_warnings():
