@@ -48,10 +48,10 @@ def draw(
     greedy_B = temperature_B <= 0
     scaled_BV = logits_BV.float() / torch.where(greedy_B, 1.0, temperature_B)[:, None]
     prob_BV = scaled_BV.softmax(-1)
-    candidates = min(64, prob_BV.shape[1])
+    candidates = min(32, prob_BV.shape[1])
     least_B = _least_kept(prob_BV, top_p_B, candidates)
     if candidates < prob_BV.shape[1]:
-        wide_B = least_B < 0  # 64 tokens hold less than top_p
+        wide_B = least_B < 0  # so many tokens hold less than top_p
         if wide_B.any():
             least_B[wide_B] = _least_kept(prob_BV[wide_B], top_p_B[wide_B], prob_BV.shape[1])
     weight_BV = torch.where(prob_BV >= least_B[:, None], prob_BV, 0.0)
