@@ -24,8 +24,7 @@ def build(recipe: Recipe, folder: Path, manifest: Row) -> Row:
     missing: list[str] = []
     stages = manifest.get("stages", {})
     funnel = _funnel(folder, missing)
-    trained = [s.name for s in recipe.students if (folder / "students" / s.name / "training_log.jsonl").is_file()]
-    missing += [f"student {s.name} has not been trained" for s in recipe.students if s.name not in trained]
+    missing += [f"student {s.name} has not been trained" for s in recipe.students if not _is_trained(folder, s.name)]
     compared = _compare(recipe, folder, missing)
     missing += [f"stage '{name}' is unfinished" for name, entry in stages.items() if _is_open(name, entry)]
     told = {name: entry for name, entry in stages.items() if name != "report" and "seconds" in entry}
@@ -40,11 +39,14 @@ def build(recipe: Recipe, folder: Path, manifest: Row) -> Row:
         "families": compared["families"],
         "tasks": compared["tasks"],
         "evals": recipe.evals.model_dump(include={"samples", "temperature", "top_p", "max_tokens", "bootstrap"}),
-        "trained": trained,
         "trained_on": _lines(folder / "dataset" / "train.jsonl"),
         "peak_rss_bytes": {name: entry["peak_rss_bytes"] for name, entry in told.items() if "peak_rss_bytes" in entry},
         "missing": missing,
     }
+
+
+def _is_trained(folder: Path, student: str) -> bool:
+    return (folder / "students" / student / "config.json").is_file()
 
 
 def _is_open(name: str, entry: Row) -> bool:

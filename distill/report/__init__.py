@@ -19,7 +19,7 @@ def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
     from distill.report.page import render
 
     found = results.build(recipe, run.folder, run.manifest.data)
-    page = render(run.folder, found, traces_shown=recipe.report.traces_shown, answers_shown=recipe.report.answers_shown)
+    page = render(recipe, run.folder, found)
     write_json_atomic(run.path("results.json"), found)
     write_atomic(run.path("report.html"), page)
     return {"tokens": 0, "page_bytes": len(page), "missing": len(found["missing"])}

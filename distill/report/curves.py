@@ -71,11 +71,13 @@ def read_curve(path: Path, name: str) -> Curve:
 
 
 def read_curves(folder: Path, students: list[str]) -> dict[str, list[Curve]]:
-    """Per student the logs that exist: its own and that of its answers-only twin."""
+    """Per student the logs that exist: its own and that of its answers-only twin, finished or not."""
     curves: dict[str, list[Curve]] = {}
     for student in students:
         for name, sub in ((student, student), (f"{student}/answers_only", f"{student}-answers_only")):
-            path = folder / "students" / sub / "training_log.jsonl"
-            if path.is_file():
+            # Until training is finished, everything of it lies in a folder beside the final one.
+            found = [folder / "students" / f"{sub}{end}" / "training_log.jsonl" for end in ("", ".partial")]
+            path = next((path for path in found if path.is_file()), None)
+            if path is not None:
                 curves.setdefault(student, []).append(read_curve(path, name))
     return curves

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from distill.recipe import Recipe
 from distill.report import sections, words
 from distill.report.curves import read_curves
 from distill.report.readers import choose_answers, choose_traces
@@ -35,12 +36,12 @@ def policy(style: str, script: str) -> str:
     return "; ".join([*rules, "base-uri 'none'", "form-action 'none'"])
 
 
-def render(folder: Path, results: Row, *, traces_shown: int, answers_shown: int) -> bytes:
+def render(recipe: Recipe, folder: Path, results: Row) -> bytes:
     """The page as UTF-8. `results` is what results.json holds; texts come from the run folder.
 
     Raises UserError for a broken line in one of the run's files.
     """
-    context = _context(folder, results, traces_shown, answers_shown)
+    context = _context(recipe, folder, results)
     # Lone surrogates in a model's text have no UTF-8 form.
     return _template().render(context).encode("utf-8", "replace")
 
@@ -62,17 +63,17 @@ def _template() -> Any:
     return environment.from_string((here / "template.html").read_text(encoding="utf-8"))
 
 
-def _context(folder: Path, results: Row, traces_shown: int, answers_shown: int) -> Row:
+def _context(recipe: Recipe, folder: Path, results: Row) -> Row:
     from markupsafe import Markup
 
     students = [student["name"] for student in results["students"]]
     models = [row["key"] for student in results["students"] for row in sections.models_of(results, student)]
     models = list(dict.fromkeys(models))
     manifest = _manifest(folder)
-    curves = read_curves(folder, results["trained"])
+    curves = read_curves(folder, [student.name for student in recipe.students])
     charts, series = sections.training(curves)
-    traces, counts = choose_traces(folder, traces_shown)
-    answers = choose_answers(folder, models, answers_shown)
+    traces, counts = choose_traces(folder, recipe.report.traces_shown)
+    answers = choose_answers(folder, models, recipe.report.answers_shown)
     data = {"traces": traces, "answers": answers, "students": students, "models": models, "charts": series}
     context: Row = {
         "results": results,

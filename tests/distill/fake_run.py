@@ -259,6 +259,7 @@ def make_run(
     for student in students:
         if "train" in stages:
             _write(folder / "students" / student / "training_log.jsonl", _training_log(rng, 2.6, 0.11))
+            (folder / "students" / student / "config.json").write_text('{"model_type": "qwen2"}')
             other = folder / "students" / f"{student}-answers_only" / "training_log.jsonl"
             _write(other, _training_log(rng, 3.4, 1.2))
     if "eval" in stages:

@@ -104,6 +104,14 @@ def test_report_command_on_half_a_run(tmp_path: Path) -> None:
     assert "report.html" in done.stdout and (folder / "report.html").is_file()
 
 
+def test_curve_of_a_training_under_way(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", stages=("problems", "traces", "filter", "train"))
+    (folder / "students" / "tiny-qwen").rename(folder / "students" / "tiny-qwen.partial")
+    html = make_report(folder)
+    assert "student tiny-qwen has not been trained" in html
+    assert [line["label"] for line in embedded(html)["charts"][0]["lines"]][-2:] == ["traces", "traces, validation"]
+
+
 def test_one_family_needs_no_table(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     for path in (folder / "evals").glob("*.jsonl"):
