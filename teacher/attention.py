@@ -59,9 +59,7 @@ class MultiHeadLatentAttention(nn.Module):
         kv_BTR = self.kv_a_layernorm(kv_BTR)
         return torch.cat((kv_BTR, k_rope_BTD), dim=-1)
 
-    def forward(
-        self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, packing: Packing
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """Causal attention of the tokens among themselves, within the segments that `packing` says.
 
         Returns the output (B, T, hidden) and the latents (B, T, C) for a cache.
