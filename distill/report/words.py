@@ -93,6 +93,8 @@ def against(baseline: dict[str, Any]) -> str:
     if side != "level":
         size = points(abs(difference), signed=False)
         return f"{size} points {side} {name} ({bounds}; the interval excludes zero)"
+    if baseline["higher"] == baseline["lower"] == 0:
+        return f"no different from {name}: both score the same on every problem"
     smallest = points(baseline["min_detectable_diff"], signed=False)
     return (
         f"not distinguishable from {name}: the difference is {points(difference)} points and its interval, {bounds}, "
@@ -129,6 +131,8 @@ def headline(results: dict[str, Any]) -> str:
     clear = [student["name"] for student in students if not _beaten(student)[1]]
     if len(clear) == len(students):
         return f"Fine-tuned on traces, {listing(clear)} {'beats' if len(clear) == 1 else 'beat'} every baseline."
+    if len(students) > 1 and not any(_beaten(student)[0] for student in students):
+        return "No student beats any baseline."
     parts = []
     for student in students:
         won, rest = _beaten(student)

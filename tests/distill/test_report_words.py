@@ -13,7 +13,7 @@ from distill.report.curves import MOST_POINTS, read_curve, thin
 
 def student(name: str, *pairs: tuple[str, float, float, float]) -> dict[str, Any]:
     """A student with (baseline, difference, low, high) for each baseline."""
-    score = {"mean": 0.1, "ci95": [0.05, 0.15], "min_detectable_diff": 0.03}
+    score = {"mean": 0.1, "ci95": [0.05, 0.15], "min_detectable_diff": 0.03, "higher": 5, "lower": 3}
     baselines = [{"name": b, "paired_diff": d, "paired_ci95": [low, high], **score} for b, d, low, high in pairs]
     return {"name": name, "mean": 0.5, "ci95": [0.45, 0.55], "baselines": baselines}
 
@@ -35,6 +35,7 @@ LOSES = (("base", -0.1, -0.15, -0.05), ("answers_only", 0.0, 0.0, 0.0))
             "a beats every baseline; b beats its base but not answers-only training.",
         ),
         ([student("a", *LOSES)], "a beats no baseline."),
+        ([student("a", *LOSES), student("b", *LOSES)], "No student beats any baseline."),
     ],
 )
 def test_headline(students: list[dict[str, Any]], said: str) -> None:
@@ -47,6 +48,15 @@ def test_interval_with_zero_is_never_a_win() -> None:
         assert words.outcome(baseline) == "level"
         assert "not distinguishable" in words.against(baseline) and "includes zero" in words.against(baseline)
         assert "3.0 points or more would be found" in words.against(baseline)
+
+
+def test_same_score_on_every_problem() -> None:
+    baseline = student("a", ("base", 0.0, 0.0, 0.0))["baselines"][0] | {
+        "higher": 0,
+        "lower": 0,
+        "min_detectable_diff": 0.0,
+    }
+    assert words.against(baseline) == "no different from its untouched base: both score the same on every problem"
 
 
 def test_a_loss_is_called_one() -> None:
