@@ -22,13 +22,15 @@ from teacher.model import DeepseekV3
 from teacher.requests import Completion, Request
 from teacher.slots import Slots
 
+__all__ = ["Completion", "Engine", "Request"]
+
 
 class Engine:
     """Generates with `model` on the device where it lies.
 
     `tokenizer_or_eos` says what ends a completion when the request does not: a tokenizer (its eos_token_id), a token
     id, several, or None for the model config's. `max_len` bounds prompt plus completion, and is the cache's size a
-    slot. Raises ValueError on sizes that the model cannot have.
+    slot; it is allocated by each `generate`. Raises ValueError on sizes that the model cannot have.
     """
 
     def __init__(
@@ -44,12 +46,9 @@ class Engine:
             raise ValueError(f"max_len is {max_len}; expected 2 to {context}, the model's max_position_embeddings")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-        self.model = model.eval()
+        self.model = model
         self.batch_size, self.max_len = batch_size, max_len
         self.stop_ids = _stop_ids(model.config.eos_token_id if tokenizer_or_eos is None else tokenizer_or_eos)
-        weight = model.lm_head.weight
-        self.device = weight.device
-        self.cache = LatentCache(model.config, batch_size, max_len, weight.dtype, weight.device)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield each completion as it finishes. `requests` is read as slots become free.
@@ -58,7 +57,9 @@ class Engine:
         that cannot be served (see `check`) when it is read.
         """
         waiting = iter(requests)
-        slots = Slots(self.batch_size, self.max_len, self.device)
+        weight = self.model.lm_head.weight
+        cache = LatentCache(self.model.config, self.batch_size, self.max_len, weight.dtype, weight.device)
+        slots = Slots(cache)
         # Few, larger prefills: waiting for a sixteenth of the slots costs 3% of the batch and saves most of the calls.
         refill = max(1, self.batch_size // 16)
         exhausted = False
@@ -110,12 +111,13 @@ class Engine:
         padded_PT = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             padded_PT[row, : len(prompt)] = torch.tensor(prompt)
-        output = self.model(padded_PT.to(self.device), logits=False)
-        last_P = (lengths - 1).to(self.device)
-        logits_PV = self.model.lm_head(output.hidden[torch.arange(len(prompts), device=self.device), last_P])
-        rows = torch.tensor(row_of, device=self.device)
+        device = self.model.lm_head.weight.device
+        output = self.model(padded_PT.to(device), logits=False)
+        last_P = (lengths - 1).to(device)
+        logits_PV = self.model.lm_head(output.hidden[torch.arange(len(prompts), device=device), last_P])
+        rows = torch.tensor(row_of, device=device)
         first = slots.used
-        self.cache.write_prompts(output.latents, rows, first)
+        slots.cache.write_prompts(output.latents, rows, first)
         slots.enter(new, self.stop_ids)
         slots.append(first, logits_PV[rows])
 
@@ -124,14 +126,14 @@ class Engine:
         """One token for every slot in use."""
         used = slots.used
         logits_AV = self.model.decode(
-            slots.last_S[:used], slots.length_S[:used] - 1, self.cache.latents_LSMC[:, :used], slots.longest()
+            slots.last_S[:used], slots.length_S[:used] - 1, slots.cache.latents_LSMC[:, :used], slots.longest()
         )
         slots.clock += 1
         slots.append(0, logits_AV)
 
     @torch.inference_mode()
     def _retire(self, slots: Slots) -> list[Completion]:
-        """Take finished slots out; the last slots in use fill the gaps, in the cache as in the state."""
+        """Take finished requests out of their slots."""
         done = slots.finished()
         completions = []
         for slot in done:
@@ -147,9 +149,6 @@ class Engine:
                 )
             )
         for slot in reversed(done):
-            last = slots.used - 1
-            if slot != last:
-                self.cache.move(last, slot, slots.length(last))
             slots.leave(slot)
         return completions
 

@@ -10,18 +10,23 @@ import time
 import torch
 from torch import Tensor
 
+from teacher.cache import LatentCache
 from teacher.requests import Request
 from teacher.sampling import sample
 
 
 class Slots:
-    """The first `used` slots are in use. Lengths are known on the host without asking the device: all slots in use
-    grow by one token a step, so a slot's length is the clock minus its start."""
+    """The first `used` slots of `cache` are in use. Lengths are known on the host without asking the device: all slots
+    in use grow by one token a step, so a slot's length is the clock minus its start."""
 
-    def __init__(self, slots: int, max_len: int, device: torch.device) -> None:
+    def __init__(self, cache: LatentCache) -> None:
+        _, slots, max_len, _ = cache.latents_LSMC.shape
+        device = cache.latents_LSMC.device
+
         def integers(*shape: int) -> Tensor:
             return torch.zeros(slots, *shape, dtype=torch.long, device=device)
 
+        self.cache = cache
         self.used = 0
         self.clock = 0  # decoding steps so far
         self.max_len = max_len
@@ -107,6 +112,7 @@ class Slots:
         """Free `slot`; the last slot in use moves into it."""
         last = self.used - 1
         if slot != last:
+            self.cache.move(last, slot, self.length(last))
             for state in (
                 self.last_S, self.length_S, self.count_S, self.limit_S, self.seed_S, self.top_k_S,
                 self.temperature_S, self.top_p_S, self.done_S, self.stop_SN, self.out_SW,

@@ -112,6 +112,16 @@ def test_requests_are_read_as_slots_become_free(model):
     assert len(read) <= 16
 
 
+def test_two_generations_of_one_engine_do_not_disturb_each_other(model):
+    engine = Engine(model, 257, 3, 80)
+    batch = requests(12)
+    alone = {completion.id: completion.token_ids for completion in engine.generate(batch)}
+    first, second = engine.generate(batch), engine.generate(batch[::-1])
+    found = [completion for pair in zip(first, second, strict=True) for completion in pair]
+    assert len(found) == 24
+    assert all(completion.token_ids == alone[completion.id] for completion in found)
+
+
 def test_completion_ends_where_the_slot_is_full(model):
     (completion,) = generate(model, [Request("r", [4] * 70, max_tokens=50, stop_ids=[])], 2, max_len=80).values()
     assert (completion.finish_reason, completion.stop_id, len(completion.token_ids)) == ("length", None, 10)

@@ -36,6 +36,22 @@ def test_transformers_reads_what_we_write(seed, tmp_path):
     assert relative_error(ours(ids_BT).logits.detach(), expected_BTV) < 1e-4
 
 
+def test_transformers_reads_bf16_with_its_fp32_bias(tmp_path):
+    torch.manual_seed(0)
+    ours = load_model(random_config(1))
+    randomize(ours, 0)
+    ours.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype == torch.bfloat16
+    biases = {name: tensor for name, tensor in theirs.named_buffers() if name.endswith("e_score_correction_bias")}
+    assert biases
+    for name, tensor in biases.items():
+        assert torch.equal(tensor, ours.get_buffer(name))
+    ids_BT = torch.randint(0, ours.config.vocab_size, (2, 30))
+    with torch.no_grad():
+        assert relative_error(load_model(tmp_path, "float32")(ids_BT).logits, theirs.float()(ids_BT).logits) < 1e-4
+
+
 @pytest.mark.parametrize("seed", range(100, 104))
 def test_we_read_what_transformers_writes(seed, tmp_path):
     fields = random_config(seed).to_dict()
