@@ -69,33 +69,37 @@ def timed(work: Any) -> tuple[float, float, Any]:
     return time.perf_counter() - wall, time.process_time() - cpu, result
 
 
-def main() -> None:
+def compare(folder: str, workload: str, bias: float, rounds: int) -> None:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "max_gen_toks": NEW, "until": []}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2)]
+    for model in models:
+        end_sometimes(model, bias)
+    theirs = HFLM(pretrained=models[0], tokenizer=tokenizer, batch_size=BATCH, add_bos_token=False)
+    ours = SamplingLM(HFBackend(tokenizer, lambda: models[1], batch_size=BATCH), model_name="m", revision="r")
+    speeds: dict[str, list[tuple[float, float]]] = {"HFLM": [], "ours": []}
+    for _ in range(rounds):
+        wall, cpu, texts = timed(lambda: theirs.generate_until(instances(settings), disable_tqdm=True))
+        tokens = sum(min(NEW, len(tokenizer(t, add_special_tokens=False)["input_ids"]) + 1) for t in texts)
+        speeds["HFLM"].append((tokens / wall, tokens / cpu))
+        wall, cpu, _ = timed(lambda: ours.generate_until(instances(settings)))
+        tokens = sum(row["tokens"] for row in ours.rows)
+        speeds["ours"].append((tokens / wall, tokens / cpu))
+    mean = statistics.mean(row["tokens"] for row in ours.rows)
+    for unit, index in (("wall s", 0), ("CPU s", 1)):
+        a, b = (statistics.median(pair[index] for pair in speeds[name]) for name in ("HFLM", "ours"))
+        print(f"{workload:7} mean {mean:5.1f} tokens  tokens/{unit:6}  HFLM {a:8.0f}  ours {b:8.0f}  x{b / a:.2f}")
+
+
+def main() -> None:
     torch.set_num_threads(1)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "max_gen_toks": NEW, "until": []}
     folder = student(tempfile.mkdtemp())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     for workload, bias in (("ramble", -30.0), ("answer", 1.5)):
-        models = [AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2)]
-        for model in models:
-            end_sometimes(model, bias)
-        theirs = HFLM(pretrained=models[0], tokenizer=tokenizer, batch_size=BATCH, add_bos_token=False)
-        speeds: dict[str, list[tuple[float, float]]] = {"HFLM": [], "ours": []}
-        for _ in range(rounds):
-            wall, cpu, texts = timed(lambda: theirs.generate_until(instances(settings), disable_tqdm=True))
-            tokens = sum(min(NEW, len(tokenizer(t, add_special_tokens=False)["input_ids"]) + 1) for t in texts)
-            speeds["HFLM"].append((tokens / wall, tokens / cpu))
-            ours = SamplingLM(HFBackend(tokenizer, lambda: models[1], batch_size=BATCH), model_name="m", revision="r")
-            wall, cpu, _ = timed(lambda: ours.generate_until(instances(settings)))
-            tokens = sum(row["tokens"] for row in ours.rows)
-            speeds["ours"].append((tokens / wall, tokens / cpu))
-            mean = tokens / len(ours.rows)
-        for unit, index in (("wall s", 0), ("CPU s", 1)):
-            a, b = (statistics.median(pair[index] for pair in speeds[name]) for name in ("HFLM", "ours"))
-            print(f"{workload:7} mean {mean:5.1f} tokens  tokens/{unit:6}  HFLM {a:8.0f}  ours {b:8.0f}  x{b / a:.2f}")
+        compare(folder, workload, bias, rounds)
 
 
 if __name__ == "__main__":

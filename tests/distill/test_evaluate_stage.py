@@ -15,7 +15,7 @@ from distill import evaluate
 from distill.errors import UserError
 from distill.jsonl import read_jsonl
 from tests.distill.small_run import FakeTeacher, install, make_recipe, open_run
-from tests.tiny import write_llama, write_qwen
+from tests.tiny import write_llama, write_qwen, write_teacher
 
 REPOSITORY = Path(__file__).parents[2]
 MODELS = ["teacher", "student", "student.base", "student.answers_only"]
@@ -174,6 +174,17 @@ def test_llama_and_qwen_students_side_by_side_equal_one_at_a_time(tmp_path, mode
         found.append([sorted((r["id"], r["text"]) for r in samples(folder, name)) for name in names])
         shutil.rmtree(folder / "evals")
     assert found[0] == found[1]
+
+
+def test_the_real_embedded_teacher_beside_its_students(tmp_path, models):
+    teacher = write_teacher(tmp_path / "r1")
+    recipe, folder = ready(tmp_path, models)
+    recipe.teacher.model = str(teacher)
+    with open_run(folder, recipe) as run:
+        facts = evaluate.run(recipe, run)
+        assert facts["made"] == 24 and evaluate.run(recipe, run)["made"] == 0
+    rows = samples(folder, "teacher")
+    assert {r["revision"].split("@")[0] for r in rows} == {"r1"} and all(0 < r["tokens"] <= 16 for r in rows)
 
 
 @pytest.mark.parametrize(
