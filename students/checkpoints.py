@@ -102,6 +102,11 @@ def latest_checkpoint(
     return Progress(**state["progress"])
 
 
+def saved_tokens(work_dir: Path) -> int:
+    """Tokens seen up to the newest checkpoint in `work_dir`, whatever it was made from; 0 if there is none."""
+    return next((int(state["progress"]["tokens"]) for _, state in _checkpoints(work_dir)), 0)
+
+
 def _checkpoints(work_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Complete checkpoints, newest first."""
     folders = sorted(work_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]
-OPEN = "<think>"
+OPEN, CLOSE = "<think>", "</think>"
 BATCH = 1000
 
 
@@ -83,10 +83,18 @@ def render(row: Row, tokenizer: Any, place: str) -> tuple[str, str]:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise ValueError(f"{place}: every message needs a 'role' and a 'content' that is text")
+        if not message["content"].isascii() and any("\ud800" <= char <= "\udfff" for char in message["content"]):
+            raise ValueError(f"{place}: a message holds half a character (a lone surrogate), which is no text")
     if messages[-1].get("role") != "assistant":
         raise ValueError(f"{place}: the last message is by {messages[-1].get('role')!r}, expected 'assistant'")
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     completion = messages[-1]["content"]
+    if prompt.rstrip().endswith(CLOSE) and completion.lstrip().startswith(OPEN):
+        # Templates with a switch for thinking do this when it is off; the model would be asked so at inference too.
+        raise ValueError(
+            f"{place}: the chat template's prompt ends with {prompt[-24:]!r}, which closes the reasoning before the "
+            "assistant's text opens it; switch thinking on in the template"
+        )
     if prompt.rstrip().endswith(OPEN):
         opening = prompt[prompt.rindex(OPEN) :]
         if not completion.startswith(opening):

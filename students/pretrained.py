@@ -38,9 +38,16 @@ def load_model(base: str | Path, tokenizer: Any = None, dtype: str = "float32") 
         found = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
         raise ValueError(f"{folder}: found {found}; expected *.safetensors")
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), use_safetensors=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:  # safetensors and hub errors have no common base class
         raise ValueError(f"{base}: the model cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:  # transformers would make them up at random, with a warning
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{base}: the weights do not fit config.json: {missing[0]} and {len(missing) - 1} more are missing"
+        )
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, str(base))
     return model

@@ -40,7 +40,7 @@ class SftSettings:
     max_length: int = 2048
     tokens_per_step: int = 16384
     packing: bool = True
-    # Most tokens of one forward pass; None: 3072 on a CPU, 16384 on a GPU, or max_length if that is more.
+    # Most tokens of one forward pass; None: 2048 on a CPU, 16384 on a GPU, or max_length if that is more.
     micro_batch_tokens: int | None = None
     keep_adapter: bool = True  # LoRA: the adapter alone in out_dir/adapter, beside the merged model
 
@@ -68,11 +68,12 @@ def sft(
     out_dir: Path,
     log: "Log | None" = None,
     card_notes: str = "",
+    source: str = "training set",
 ) -> SftResult:
     """Fine-tune, or go on fine-tuning, and write the student to `out_dir`; return at once if it is there already.
 
-    `log` is called with each line of training_log.jsonl. `card_notes` (Markdown) goes into the model card. Raises
-    ValueError for a base or rows that cannot be trained on, and if training diverges.
+    `log` is called with each line of training_log.jsonl. `card_notes` (Markdown) goes into the model card; `source`
+    names the rows in errors. Raises ValueError for a base or rows that cannot be trained on, and if training diverges.
     """
     from accelerate import Accelerator
 
@@ -89,7 +90,7 @@ def sft(
         return SftResult(**done["result"], folder=out_dir, skipped=True)
 
     tokenizer = load_tokenizer(settings.base)
-    data = build_examples(train_rows, tokenizer, settings.max_length, "training set")
+    data = build_examples(train_rows, tokenizer, settings.max_length, source)
     held_out = build_examples(val_rows, tokenizer, settings.max_length, "validation set") if val_rows else None
     accelerator = Accelerator()
     model, dtype = _load(settings, tokenizer, accelerator)
@@ -117,31 +118,41 @@ def sft(
     return result
 
 
-def planned_tokens(settings: SftSettings, train_rows: Sequence[Row]) -> int:
-    """Tokens that sft() will see in training, without padding: the budget for a baseline (`max_tokens`)."""
-    from students.packing import plan_steps
+@dataclass(frozen=True)
+class Plan:
+    """What sft() will do, known beforehand: its steps, and the tokens seen in them without padding."""
+
+    steps: int
+    tokens: int
+
+
+def plan(settings: SftSettings, train_rows: Sequence[Row], source: str = "training set") -> Plan:
+    """The run's size, from the rows and the base's tokenizer alone; `tokens` is a baseline's budget (`max_tokens`).
+
+    Raises ValueError as sft() would for a tokenizer or rows that do not serve.
+    """
     from students.pretrained import load_tokenizer
 
-    data = build_examples(train_rows, load_tokenizer(settings.base), settings.max_length, "training set")
+    data = build_examples(train_rows, load_tokenizer(settings.base), settings.max_length, source)
     lengths = [len(example.input_ids) for example in data.examples]
-    plan = plan_steps(
-        lengths, settings.tokens_per_step, settings.epochs, settings.optimisation.seed, settings.max_tokens
-    )
-    return sum(lengths[index] for step in plan for index in step)
+    steps = _plan_steps(settings, lengths)
+    return Plan(len(steps), sum(lengths[index] for step in steps for index in step))
+
+
+def _plan_steps(settings: SftSettings, lengths: list[int]) -> list[list[int]]:
+    from students.packing import plan_steps
+
+    seed = settings.optimisation.seed
+    return plan_steps(lengths, settings.tokens_per_step, settings.epochs, seed, settings.max_tokens)
 
 
 class _Steps:
     """This process's share of every step, made of examples as it is asked for."""
 
     def __init__(self, settings: SftSettings, examples: list[Example], accelerator: "Accelerator") -> None:
-        from students.packing import plan_steps
-
         self.examples, self.packing, self.accelerator = examples, settings.packing, accelerator
         self.limit = _micro_batch_tokens(settings, accelerator)
-        lengths = [len(example.input_ids) for example in examples]
-        self.plan = plan_steps(
-            lengths, settings.tokens_per_step, settings.epochs, settings.optimisation.seed, settings.max_tokens
-        )
+        self.plan = _plan_steps(settings, [len(example.input_ids) for example in examples])
 
     def start_at(self, number: int, position: Any) -> "Iterator[Step]":
         from students.loop import Step
@@ -167,7 +178,7 @@ class _Steps:
 
 
 def _micro_batch_tokens(settings: SftSettings, accelerator: "Accelerator") -> int:
-    default = 3072 if accelerator.device.type == "cpu" else 16384
+    default = 2048 if accelerator.device.type == "cpu" else 16384
     return max(settings.max_length, settings.micro_batch_tokens or default)
 
 
