@@ -1,0 +1,122 @@
+"""Training text from worked solutions: whole ones for the teacher's cold start, pieces of them for the student bases.
+
+Everything is a pure function of (seed, index), so that a training run can be resumed, rebuilt and checked, and
+nothing is built from a problem that `distill.identity.held_out` reserves for evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from random import Random
+from typing import Any
+
+from distill.errors import UserError
+from distill.identity import held_out
+from distill.procedural import check_families, family_seed
+from distill.worked.steps import Worked
+
+SOLVED_FAMILIES = (
+    "chain_sum",
+    "count_bits",
+    "leg_counting",
+    "letter_counting",
+    "products",
+    "simple_equations",
+    "spell_backward",
+)
+# Items of a reasoning-gym dataset are Random(seed + index): a held-out item is replaced by one far outside any run.
+_STRIDE = 1_000_000_007
+
+
+def solve(family: str, problem: str) -> Worked:
+    """The worked solution of one problem statement of one of SOLVED_FAMILIES."""
+    return import_module(f"distill.worked.{family}").solve(problem)
+
+
+@dataclass(frozen=True)
+class WorkedExample:
+    """One problem with its worked solution."""
+
+    family: str
+    problem: str
+    worked: Worked
+
+    @property
+    def response(self) -> str:
+        """What the teacher writes after `<think>\\n`: working, end of thinking, boxed answer."""
+        working = "\n".join(self.worked.lines)
+        return f"{working}\n</think>\n\nThe answer is \\boxed{{{self.worked.answer}}}"
+
+
+@dataclass(frozen=True)
+class WorkedProblems:
+    """An endless numbered list of solved training problems, the families taking turns."""
+
+    families: Mapping[str, Mapping[str, Any]]
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_families(self.families, "families")
+        for family in self.families:
+            if family not in SOLVED_FAMILIES:
+                raise UserError(f"families.{family}: no solver is written for it; known: {', '.join(SOLVED_FAMILIES)}")
+
+    @cached_property
+    def _datasets(self) -> list[tuple[str, Any]]:
+        from reasoning_gym.factory import create_dataset
+
+        return [
+            (family, create_dataset(family, seed=family_seed(self.seed, family), size=1, **settings))
+            for family, settings in self.families.items()
+        ]
+
+    def statement(self, index: int) -> tuple[str, str]:
+        """Family and problem statement."""
+        family, dataset = self._datasets[index % len(self._datasets)]
+        item = index // len(self._datasets)
+        while held_out(problem := str(dataset[item]["question"]).strip()):
+            item += _STRIDE
+        return family, problem
+
+    def __getitem__(self, index: int) -> WorkedExample:
+        family, problem = self.statement(index)
+        return WorkedExample(family, problem, solve(family, problem))
+
+
+@dataclass(frozen=True)
+class BaseCorpus:
+    """Plain-text documents that a student base is pretrained on: pieces of working, never a whole full-size solution.
+
+    lines       one to `longest_piece` consecutive lines of a full-size working, without its problem and answer
+    unfinished  a full-size problem statement and the beginning of its working, always short of the last line
+    ending      the last line or two of a full-size working and the answer, without the problem
+    small       the whole worked solution of a much smaller problem
+
+    None of it is in the chat form, has `<think>` tags or boxes its answer.
+    """
+
+    full: WorkedProblems
+    small: WorkedProblems
+    weights: Mapping[str, float]
+    longest_piece: int = 4
+
+    def __getitem__(self, index: int) -> str:
+        rng = Random(f"{self.full.seed}/{index}")
+        kinds: Sequence[str] = sorted(self.weights)
+        kind = rng.choices(kinds, [self.weights[kind] for kind in kinds])[0]
+        example = self.small[index] if kind == "small" else self.full[index]
+        lines, answer = example.worked.lines, f"The answer is {example.worked.answer}"
+        if kind == "small":
+            piece = [example.problem, *lines, answer]
+        elif kind == "unfinished":
+            piece = [example.problem, *lines[: rng.randint(0, len(lines) - 1)]]
+        elif kind == "ending":
+            piece = [*lines[-rng.randint(1, 2) :], answer]
+        else:
+            length = rng.randint(1, min(self.longest_piece, len(lines)))
+            start = rng.randint(0, len(lines) - length)
+            piece = lines[start : start + length]
+        return "\n".join(piece)
