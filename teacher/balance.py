@@ -17,9 +17,9 @@ from teacher.routing import Routing
 
 
 class LoadBalance:
-    """The loads of all MoE layers since the last update, and the update of their selection biases.
+    """Counts the loads of all MoE layers and updates their selection biases.
 
-    `loads_LE` (int64) is in the order of the routings of a forward: main layers, then MTP modules.
+    Layers are in the order of a forward's routings: main layers, then MTP modules.
     """
 
     def __init__(self, model: DeepseekV3) -> None:
@@ -27,31 +27,29 @@ class LoadBalance:
         moes = [(depth, layer.mlp) for depth, layer in layers if isinstance(layer.mlp, MoE)]
         self.routers = [moe.gate for _, moe in moes]
         self.depths = [depth for depth, _ in moes]
-        device = next(model.parameters()).device
-        self.loads_LE = torch.zeros(len(moes), model.config.n_routed_experts, dtype=torch.int64, device=device)
+        self.experts = model.config.n_routed_experts
 
     @torch.no_grad()
-    def count(self, routings: list[Routing], segment_ids_BT: torch.Tensor) -> None:
-        """Add the choices of the tokens of one forward; padding (segment 0) has no say in the balance."""
+    def loads(self, routings: list[Routing], segment_ids_BT: torch.Tensor) -> torch.Tensor:
+        """How many tokens of one forward chose each expert, (L, E) int64; padding (segment 0) has no say."""
+        loads_LE = torch.zeros(len(self.routers), self.experts, dtype=torch.int64, device=segment_ids_BT.device)
         for layer, routing in enumerate(routings):
             real_N = (_segments(segment_ids_BT, self.depths[layer]) > 0).flatten()
             weight_NK = real_N.to(torch.int64).unsqueeze(1).expand_as(routing.indices_NK)
-            self.loads_LE[layer].scatter_add_(0, routing.indices_NK.flatten(), weight_NK.flatten())
+            loads_LE[layer].scatter_add_(0, routing.indices_NK.flatten(), weight_NK.flatten())
+        return loads_LE
 
     @torch.no_grad()
-    def update(self, speed: float) -> torch.Tensor:
-        """End an optimizer step: bias += speed * sign(mean load - load) in each layer (eq. 16), loads back to zero.
+    def update(self, loads_LE: torch.Tensor, speed: float) -> torch.Tensor:
+        """End an optimizer step of these loads: bias += speed * sign(mean load - load) in each layer (eq. 16).
 
         Returns the step's MaxVio of each layer, (L,) float32. A layer without any load (an MTP module that did not
         run) keeps its bias: sign(0) is 0.
         """
-        mean_L1 = self.loads_LE.float().mean(dim=1, keepdim=True)
-        violation_L = max_violation(self.loads_LE)
-        step_LE = speed * torch.sign(mean_L1 - self.loads_LE)
+        step_LE = speed * torch.sign(loads_LE.float().mean(dim=1, keepdim=True) - loads_LE)
         for router, step_E in zip(self.routers, step_LE, strict=True):
             router.e_score_correction_bias += step_E
-        self.loads_LE.zero_()
-        return violation_L
+        return max_violation(loads_LE)
 
     def sequence_loss(self, routings: list[Routing], segment_ids_BT: torch.Tensor) -> torch.Tensor:
         """V3's sequence-wise loss without alpha, summed over the examples of a forward, averaged over layers."""

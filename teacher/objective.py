@@ -17,6 +17,22 @@ from teacher.loss import head_loss
 from teacher.model import DeepseekV3
 
 
+@dataclass
+class Part:
+    """What a micro-batch adds to its step; parts of a step add up to the step's own."""
+
+    figures: dict[str, torch.Tensor]  # for the log
+    loads_LE: torch.Tensor  # of the experts, for the balance
+    gradients: tuple[torch.Tensor | None, ...] = ()  # of the parameters, in their order
+
+    def add(self, other: "Part") -> None:
+        """Add a later part. The order of additions is the caller's, so that a step is the same to the bit each time."""
+        self.figures = {name: self.figures[name] + figure for name, figure in other.figures.items()}
+        self.loads_LE = self.loads_LE + other.loads_LE
+        mine = [g for g in self.gradients if g is not None]
+        torch._foreach_add_(mine, [g for g in other.gradients if g is not None])
+
+
 @dataclass(frozen=True)
 class Objective:
     """Weights of the parts; a part of weight 0 is not computed."""
@@ -25,18 +41,25 @@ class Objective:
     balance_loss: float
     bf16: bool
 
-    def __call__(
-        self, model: DeepseekV3, balance: LoadBalance, micro: MicroBatch, step: StepBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """This micro-batch's part of the step's loss, with gradient, and of the step's figures for the log.
+    def part(self, model: DeepseekV3, balance: LoadBalance, micro: MicroBatch, step: StepBatch) -> Part:
+        """Forward and backward of one micro-batch. Nothing in the model changes: several threads may do it at once."""
+        loss, part = self.loss(model, balance, micro, step)
+        part.gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return part
 
-        Both are to be summed over the micro-batches of the step. Counts the expert loads. `accuracy` is teacher-forced
-        top-1; `mtp_acceptance` is how often the first MTP module's first choice is the main head's one position on,
-        that is, how often a greedy draft would be accepted.
+    def loss(
+        self, model: DeepseekV3, balance: LoadBalance, micro: MicroBatch, step: StepBatch
+    ) -> tuple[torch.Tensor, Part]:
+        """This micro-batch's share of the step's loss, with gradient, and the rest of its part.
+
+        `accuracy` is teacher-forced top-1; `mtp_acceptance` is how often the first MTP module's first choice is the
+        main head's one position on, that is, how often a greedy draft would be accepted.
         """
         segments_BT, targets_BT = micro.segment_ids_BT, micro.targets_BT
         counts = [max(1, n) for n in step.losses]
-        with torch.autocast(segments_BT.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        device = segments_BT.device.type
+        # No cache of cast weights: it is shared by all threads, and each weight is used once.
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             out = model(micro.input_ids_BT, micro.position_ids_BT, segments_BT, mtp=self.mtp_weight > 0, logits=False)
             total, best_BT = head_loss(out.hidden, model.lm_head, targets_BT)
             loss = total / counts[0]
@@ -53,9 +76,8 @@ class Objective:
                 if depth == 1:
                     agreed = (mtp_best_BT == best_BT[:, 1:]) & (mtp_targets_BT != IGNORE)
                     figures["mtp_acceptance"] = agreed.sum() / counts[1]
-        balance.count(out.routing, segments_BT)
         if self.balance_loss > 0:
             share = balance.sequence_loss(out.routing, segments_BT) / len(step.indices)
             loss = loss + self.balance_loss * share
             figures["balance_loss"] = share.detach()
-        return loss, figures
+        return loss, Part(figures, balance.loads(out.routing, segments_BT))

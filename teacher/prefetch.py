@@ -1,7 +1,7 @@
-"""Keep a few batches ready in a background thread.
+"""Keep a few batches ready in a background thread, for a GPU that must not wait for them.
 
-A thread, not worker processes: writing 8k tokens of examples takes about 1% of the time the model needs for them
-on two cores, and torch releases the interpreter lock inside its operators.
+On a CPU it does not pay: examples of 8k tokens take about 10 ms of Python, 1% of the step that needs the same cores,
+and measured speeds are equal with and without the thread. So there is no need of worker processes either.
 """
 
 import queue

@@ -20,22 +20,22 @@ def test_padding_and_positions_without_a_next_token_are_not_counted() -> None:
     segments = torch.tensor([[1, 1, 2, 2, 0]])
     main = routing_of([[0, 1], [0, 2], [0, 3], [4, 5], [7, 6]])
     mtp = routing_of([[0, 1], [2, 3], [0, 4], [5, 6]])  # one position shorter; only positions 0 and 2 have a next token
-    balance.count([main, main, mtp], segments)
-    assert balance.loads_LE[0].tolist() == balance.loads_LE[1].tolist() == [3, 1, 1, 1, 1, 1, 0, 0]
-    assert balance.loads_LE[2].tolist() == [2, 1, 0, 0, 1, 0, 0, 0]
+    loads = balance.loads([main, main, mtp], segments)
+    assert loads[0].tolist() == loads[1].tolist() == [3, 1, 1, 1, 1, 1, 0, 0]
+    assert loads[2].tolist() == [2, 1, 0, 0, 1, 0, 0, 0]
+    assert balance.loads([main, main], segments)[2].tolist() == [0] * 8  # the MTP module did not run
 
 
 def test_update_moves_each_bias_by_the_sign_of_its_load_error_once() -> None:
     model = load_model(deepseek_config())
     balance = LoadBalance(model)
-    balance.loads_LE[0] = torch.tensor([9, 1, 5, 5, 5, 5, 5, 5])
-    violation = balance.update(0.01)
+    loads = torch.zeros(3, 8, dtype=torch.int64)
+    loads[0] = torch.tensor([9, 1, 5, 5, 5, 5, 5, 5])
+    violation = balance.update(loads, 0.01)
     assert violation[0].item() == pytest.approx(9 / 5 - 1)
     expected = torch.tensor([-0.01, 0.01] + [0.0] * 6)
     assert torch.equal(balance.routers[0].e_score_correction_bias, expected)
     assert not balance.routers[1].e_score_correction_bias.any()  # no load at all: nothing to correct
-    balance.update(0.01)
-    assert torch.equal(balance.routers[0].e_score_correction_bias, expected)
 
 
 def test_bias_balances_a_skewed_router() -> None:
@@ -51,8 +51,7 @@ def test_bias_balances_a_skewed_router() -> None:
     segments = torch.ones(1, 512, dtype=torch.int64)
     history = []
     for _ in range(300):
-        balance.count([gate(x)], segments)
-        history.append(balance.update(0.01)[0].item())
+        history.append(balance.update(balance.loads([gate(x)], segments), 0.01)[0].item())
     assert history[0] > 1.5
     assert sum(history[-20:]) / 20 < 0.1
 
@@ -70,9 +69,10 @@ def test_recomputing_activations_does_not_count_twice() -> None:
                 layer.forward = lambda *a, forward=forward: checkpoint(forward, *a, use_reentrant=False)
         balance = LoadBalance(model)
         out = model(ids, mtp=True)
-        balance.count(out.routing, segments)
+        loads.append(balance.loads(out.routing, segments))
+        before = loads[-1].clone()
         out.logits.sum().backward()
-        loads.append(balance.loads_LE.clone())
+        assert torch.equal(loads[-1], before)
     assert torch.equal(loads[0], loads[1])
     assert loads[0].sum(1).tolist() == [2 * 20 * 2, 2 * 20 * 2, 2 * 19 * 2]
 
@@ -111,5 +111,5 @@ def test_max_violation_is_relative_to_the_mean() -> None:
 
 def test_a_model_without_experts_has_nothing_to_balance() -> None:
     balance = LoadBalance(load_model(deepseek_config(first_k_dense_replace=4)))
-    balance.count([], torch.ones(1, 3, dtype=torch.int64))
-    assert balance.update(0.1).tolist() == []
+    loads = balance.loads([], torch.ones(1, 3, dtype=torch.int64))
+    assert balance.update(loads, 0.1).tolist() == []

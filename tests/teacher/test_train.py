@@ -18,10 +18,10 @@ from tests.teacher import train_toy
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small only lose by a second thread, which other tests' processes want."""
+def two_threads():
+    """So that micro-batches run side by side, whatever the machine."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
 
@@ -83,7 +83,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(tmp_path: Path) -> None:
 def test_packed_rows_have_the_losses_of_their_examples_alone() -> None:
     model = train_toy.model()
     step = step_batch(rows=3, micro_rows=3)
-    _, figures = Objective(1.0, 0.0, False)(model, LoadBalance(model), step.micro[0], step)
+    _, part = Objective(1.0, 0.0, False).loss(model, LoadBalance(model), step.micro[0], step)
     main, mtp = [], []
     for index in step.indices:
         example = train_toy.example(index)
@@ -92,8 +92,8 @@ def test_packed_rows_have_the_losses_of_their_examples_alone() -> None:
         start = example["loss_start"]
         main.append(F.cross_entropy(out.logits[0, start - 1 : -1], ids[0, start:], reduction="sum"))
         mtp.append(F.cross_entropy(out.mtp_logits[0][0, :-1], ids[0, 2:], reduction="sum"))
-    assert figures["loss"].item() == pytest.approx((sum(main) / step.losses[0]).item(), rel=1e-5)
-    assert figures["mtp_loss"].item() == pytest.approx((sum(mtp) / step.losses[1]).item(), rel=1e-5)
+    assert part.figures["loss"].item() == pytest.approx((sum(main) / step.losses[0]).item(), rel=1e-5)
+    assert part.figures["mtp_loss"].item() == pytest.approx((sum(mtp) / step.losses[1]).item(), rel=1e-5)
 
 
 def test_padding_takes_no_part(tmp_path: Path) -> None:
@@ -101,7 +101,6 @@ def test_padding_takes_no_part(tmp_path: Path) -> None:
     results = []
     for seq_len in (128, 160):
         model = train_toy.model()
-        balance = LoadBalance(model)
         step = step_batch(rows=1, micro_rows=1)
         micro = step.micro[0]
         pad = seq_len - 128
@@ -112,9 +111,8 @@ def test_padding_takes_no_part(tmp_path: Path) -> None:
             segment_ids_BT=F.pad(micro.segment_ids_BT, (0, pad)),
             targets_BT=F.pad(micro.targets_BT, (0, pad), value=-100),
         )
-        loss, figures = Objective(0.3, 0.1, False)(model, balance, micro, step)
-        loss.backward()
-        results.append((loss.detach(), figures, balance.loads_LE, model.model.embed_tokens.weight.grad))
+        part = Objective(0.3, 0.1, False).part(model, LoadBalance(model), micro, step)
+        results.append((part.figures, part.loads_LE, part.gradients))
     torch.testing.assert_close(results[0], results[1])
 
 

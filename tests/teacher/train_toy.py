@@ -36,6 +36,6 @@ def settings(**changes: Any) -> TrainSettings:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    chosen = settings(ema=0.9, optimizer=sys.argv[2])
+    torch.set_num_threads(2)
+    chosen = settings(ema=0.9, optimizer=sys.argv[2], total_tokens=8_000, tokens_per_step=384, micro_tokens=128)
     train(model(), example, chosen, Path(sys.argv[1]), eval_hook=lambda _, step: {"draw": torch.rand(1).item()})
