@@ -146,15 +146,17 @@ def _work(todo: Any, events: Any, threads: int) -> None:
 
 def _next_event(events: Any, children: Sequence[Any]) -> tuple[str, str, Any]:
     while True:
+        # Before each event: those left may keep the queue busy for as long as they train.
+        codes = [child.exitcode for child in children if child.exitcode not in (None, 0)]
+        if codes:
+            raise ChildProcessError(
+                f"a training process ended with exit code {codes[0]} (-9 is a kill, by the system when memory runs "
+                "out); the same command goes on from the last checkpoint"
+            )
         try:
             return events.get(timeout=1)
         except queue.Empty:
-            codes = [child.exitcode for child in children if child.exitcode not in (None, 0)]
-            if codes:
-                raise ChildProcessError(
-                    f"a training process ended with exit code {codes[0]} (-9 is a kill, by the system when memory "
-                    "runs out); the same command goes on from the last checkpoint"
-                ) from None
+            continue
 
 
 def _as_error(name: str, kind: str, message: str, known: tuple[int | None, str, str | None] | None) -> Exception:

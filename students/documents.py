@@ -9,14 +9,17 @@ Shapes: R rows of a step, T row length.
 """
 
 import multiprocessing
+import os
 import queue
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from students.child import exit_with_parent
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Documents = Callable[[int], str]
 Position = dict[str, Any]  # {"document": int, "rest": list[int]}
@@ -26,18 +29,18 @@ STEPS_AHEAD = 8
 
 
 def read_rows(
-    documents: Documents, tokenizer: Any, row_length: int, rows_per_step: int, position: Position
+    documents: Documents, tokenizer: "Tokenizer", end: int, row_length: int, rows_per_step: int, position: Position
 ) -> Iterator[tuple[np.ndarray, Position]]:
-    """Yield (ids [R, T+1] int32, position after them), endlessly."""
+    """Yield (ids [R, T+1] int32, position after them), endlessly. `end` is the id put after every document."""
     document, rest = position["document"], list(position["rest"])
     size = rows_per_step * row_length + 1
     while True:
         while len(rest) < size:
             texts = [documents(index) for index in range(document, document + DOCUMENTS_AT_ONCE)]
             document += len(texts)
-            for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-                rest += ids
-                rest.append(tokenizer.eos_token_id)
+            for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+                rest += encoding.ids
+                rest.append(end)
         block = np.asarray(rest[:size], dtype=np.int32)
         rest = rest[size - 1 :]
         starts = np.arange(rows_per_step)[:, None] * row_length
@@ -45,7 +48,7 @@ def read_rows(
 
 
 def read_rows_ahead(
-    documents: Documents, tokenizer_dir: Path, row_length: int, rows_per_step: int, position: Position
+    documents: Documents, tokenizer: "Tokenizer", end: int, row_length: int, rows_per_step: int, position: Position
 ) -> Iterator[tuple[np.ndarray, Position]]:
     """read_rows() in a process of its own, a few steps ahead. `documents` must be picklable.
 
@@ -53,14 +56,13 @@ def read_rows_ahead(
     """
     context = multiprocessing.get_context("spawn")
     ready: Any = context.Queue(maxsize=STEPS_AHEAD)
-    worker = context.Process(
-        target=_work, args=(ready, documents, tokenizer_dir, row_length, rows_per_step, position), daemon=True
-    )
+    arguments = (ready, documents, tokenizer.to_str(), end, row_length, rows_per_step, position)
+    worker = context.Process(target=_work, args=arguments, daemon=True)
     worker.start()
     try:
         while True:
             try:
-                item = ready.get(timeout=5)
+                item = ready.get(timeout=2)
             except queue.Empty:
                 if not worker.is_alive():
                     raise RuntimeError("the process that makes documents was killed") from None
@@ -73,15 +75,13 @@ def read_rows_ahead(
         worker.join()
 
 
-def _work(ready: Any, documents: Documents, tokenizer_dir: Path, *shape_and_position: Any) -> None:
+def _work(ready: Any, documents: Documents, tokenizer: str, *rest: Any) -> None:
     exit_with_parent()
-    import os
-
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the trainer's
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer  # transformers would take seconds to import here
 
     try:
-        for item in read_rows(documents, AutoTokenizer.from_pretrained(tokenizer_dir), *shape_and_position):
+        for item in read_rows(documents, Tokenizer.from_str(tokenizer), *rest):
             ready.put(item)
     except Exception as error:
         ready.put(error)

@@ -105,7 +105,7 @@ def pretrain(
         return eval_hook(trained, step)
 
     progress = train(
-        accelerator, network, _Steps(settings, documents, tokenizer_dir, accelerator), total, settings.optimisation,
+        accelerator, network, _Steps(settings, documents, tokenizer, accelerator), total, settings.optimisation,
         work_dir, fingerprint, log, evaluate=evaluate if eval_hook else None,
         evaluate_at={*range(every, total + 1, every), total} if eval_hook else (),
     )  # fmt: skip
@@ -125,12 +125,12 @@ def pretrain(
 class _Steps:
     """steps_from of the loop: rows from the worker, shared out over the processes."""
 
-    def __init__(self, settings: PretrainSettings, documents: "Documents", tokenizer_dir: Path, accelerator: Any):
+    def __init__(self, settings: PretrainSettings, documents: "Documents", tokenizer: Any, accelerator: Any):
         if settings.rows_per_step % accelerator.num_processes:
             raise ValueError(
                 f"rows_per_step: {settings.rows_per_step} is no multiple of the {accelerator.num_processes} processes"
             )
-        self.settings, self.documents, self.tokenizer_dir = settings, documents, tokenizer_dir
+        self.settings, self.documents, self.tokenizer = settings, documents, tokenizer
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
 
     def __call__(self, number: int, position: Any) -> "Iterator[Step]":
@@ -142,8 +142,9 @@ class _Steps:
 
         settings, tokens = self.settings, self.settings.tokens_per_step
         rows = read_rows_ahead(
-            self.documents, self.tokenizer_dir, settings.row_length, settings.rows_per_step, position or START
-        )
+            self.documents, self.tokenizer.backend_tokenizer, self.tokenizer.eos_token_id,
+            settings.row_length, settings.rows_per_step, position or START,
+        )  # fmt: skip
         for block, after in rows:
             ids_RT = torch.from_numpy(block[self.rank :: self.processes]).long()
             batches = [
@@ -155,15 +156,15 @@ class _Steps:
 
 def _build(model: Mapping[str, Any] | Path, settings: PretrainSettings) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     from students.attention import use_training_attention
     from students.pretrained import load_model
 
     if isinstance(model, Mapping):
         fields = dict(model)
-        if "model_type" not in fields:
-            raise ValueError("model: the config has no 'model_type' (qwen2 or llama, say)")
+        if fields.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(f"model: model_type {fields.get('model_type')!r} is not known to transformers")
         torch.manual_seed(settings.optimisation.seed)
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
     else:

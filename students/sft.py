@@ -184,6 +184,7 @@ def _micro_batch_tokens(settings: SftSettings, accelerator: "Accelerator") -> in
 
 def _load(settings: SftSettings, tokenizer: Any, accelerator: "Accelerator") -> tuple[Any, str]:
     """The model to train, and the type its checkpoint had, in which the student is saved."""
+    import torch
     from transformers import AutoConfig
 
     from students.attention import use_training_attention
@@ -202,6 +203,7 @@ def _load(settings: SftSettings, tokenizer: Any, accelerator: "Accelerator") -> 
     if settings.method == "lora":
         if accelerator.distributed_type.value == "FSDP":
             raise ValueError("method: 'lora' cannot be merged under FSDP yet; launch it without, or use method 'full'")
+        torch.manual_seed(settings.optimisation.seed)  # adapters start at random
         model = add_adapters(model, settings.lora or Lora())
     saved = AutoConfig.from_pretrained(settings.base).dtype
     return model, str(saved).removeprefix("torch.") if saved is not None else "float32"

@@ -93,7 +93,7 @@ def test_published_templates_keep_the_whole_reasoning(name: str, opens: bool) ->
 
 @pytest.mark.parametrize("name", ["deepseek-ai-DeepSeek-V3.1", "Qwen-QwQ-32B"])
 def test_template_that_closes_the_reasoning_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="here: the chat template's prompt ends with .*</think>', which closes"):
+    with pytest.raises(ValueError, match=r"here: the chat template's prompt ends with .*</think>', which closes"):
         render(row(), published(name), "here")
 
 
@@ -141,9 +141,9 @@ def test_bad_row_is_named(bad: dict[str, Any], message: str) -> None:
 
 
 def test_nothing_left_says_why() -> None:
-    with pytest.raises(ValueError, match="d.jsonl: nothing to train on, all 2 rows are longer than max_length=10"):
+    with pytest.raises(ValueError, match=r"d\.jsonl: nothing to train on, all 2 rows are longer than max_length=10"):
         build_examples([row(), row()], tiny.tokenizer(), 10, "d.jsonl")
-    with pytest.raises(ValueError, match="d.jsonl: nothing to train on, no rows"):
+    with pytest.raises(ValueError, match=r"d\.jsonl: nothing to train on, no rows"):
         build_examples([], tiny.tokenizer(), 10, "d.jsonl")
 
 

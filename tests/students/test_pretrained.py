@@ -71,7 +71,7 @@ def test_torn_weights(base: Path) -> None:
 def test_missing_weights_are_not_made_up(base: Path) -> None:
     fields = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 3, "layer_types": None}))
-    with pytest.raises(ValueError, match="base: the weights do not fit config.json: .*layers.2"):
+    with pytest.raises(ValueError, match=r"base: the weights do not fit config\.json: .*layers\.2"):
         load_model(base)
 
 
@@ -89,7 +89,7 @@ def test_no_config_file_instead_of_folder_and_nothing_there(base: Path) -> None:
     with pytest.raises(ValueError, match="is a file, expected a checkpoint folder"):
         load_model(base / "config.json")
     (base / "config.json").unlink()
-    with pytest.raises(ValueError, match="base: no config.json"):
+    with pytest.raises(ValueError, match=r"base: no config\.json"):
         load_model(base)
     with pytest.raises(ValueError, match="nowhere: no such checkpoint folder"):
         load_tokenizer(base / "nowhere")

@@ -95,7 +95,10 @@ def test_a_second_call_finds_the_work_done_and_another_setting_does_it_anew(trai
     assert log_of(copy)[0]["loss"] != log_of(trained)[0]["loss"]
 
 
-@pytest.mark.parametrize("changes", [{"packing": False}, {"micro_batch_tokens": 128}, {"packing": False, "micro_batch_tokens": 300}])  # fmt: skip
+OTHER_LAYOUTS = [{"packing": False}, {"micro_batch_tokens": 128}, {"packing": False, "micro_batch_tokens": 300}]
+
+
+@pytest.mark.parametrize("changes", OTHER_LAYOUTS)
 def test_layout_and_accumulation_do_not_change_the_training(
     trained: Path, qwen: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -132,9 +135,7 @@ def test_weights_are_saved_in_the_type_of_the_base(qwen: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("base", ["qwen", "llama"])
-def test_lora_trains_adapters_only_and_merges_them(
-    base: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_lora_trains_adapters_only_and_merges_them(base: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     from peft import PeftModel
 
     folder = request.getfixturevalue(base)
