@@ -20,7 +20,9 @@ class TrainSettings:
     seq_len: int = 4096
     """Length of a row that whole examples are packed into; the longest example must fit."""
     micro_tokens: int = 4096
-    """Most positions of one forward; a step's gradients accumulate over its micro-batches."""
+    """Most positions of one forward; a step's gradients accumulate over its micro-batches.
+
+    On a CPU one core works on one micro-batch: a step should have as many as there are cores, or a multiple."""
     data: str = ""
     """Names the data (a hash of its recipe, say): a resumed run must find the same."""
 
@@ -57,7 +59,7 @@ class TrainSettings:
     """V3 changed lambda after 10 of 14.8 trillion tokens."""
 
     bf16: bool = False
-    """bfloat16 autocast over float32 master weights."""
+    """bfloat16 autocast over float32 master weights. Pays on a GPU, and on a CPU with matrix units (AMX)."""
     eval_every: int = 0
     """Steps between calls of the eval hook; 0: only after the last step."""
     checkpoint_every: int = 200

@@ -96,6 +96,20 @@ def test_packed_rows_have_the_losses_of_their_examples_alone() -> None:
     assert part.figures["mtp_loss"].item() == pytest.approx((sum(mtp) / step.losses[1]).item(), rel=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
+def test_a_gpu_computes_the_same_part() -> None:
+    step = step_batch(rows=2, micro_rows=2)
+    parts = []
+    for device in ("cpu", "cuda"):
+        model = train_toy.model().to(device)
+        micro = step.micro[0].to(torch.device(device))
+        parts.append(Objective(0.3, 0.1, False).part(model, LoadBalance(model), micro, step))
+    assert torch.equal(parts[0].loads_LE, parts[1].loads_LE.cpu())
+    assert parts[0].figures["loss"].item() == pytest.approx(parts[1].figures["loss"].item(), rel=1e-5)
+    for one, other in zip(parts[0].gradients, parts[1].gradients, strict=True):
+        torch.testing.assert_close(one, other.cpu(), rtol=1e-3, atol=1e-4 * one.abs().max().item())
+
+
 def test_padding_takes_no_part(tmp_path: Path) -> None:
     """Longer rows of the same examples: the same loss, gradient and loads."""
     results = []

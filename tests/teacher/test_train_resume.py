@@ -48,7 +48,7 @@ def test_killed_runs_end_in_the_same_weights(optimizer: str, tmp_path: Path) -> 
 
     rng = random.Random(0)
     kills = 0
-    for _ in range(3):
+    for _ in range(2):
         process = start(killed, optimizer)
         begin = lines(killed)[-1]["step"] if lines(killed) else 0
         goal = begin + rng.randint(3, 6)
@@ -58,7 +58,7 @@ def test_killed_runs_end_in_the_same_weights(optimizer: str, tmp_path: Path) -> 
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.communicate()
-    assert kills >= 2 and not (killed / "model.safetensors").exists()
+    assert kills == 2 and not (killed / "model.safetensors").exists()
     output, _ = start(killed, optimizer).communicate()
     assert b"resumed at step" in output, output.decode()
 
