@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from teacher.batches import Cursor
@@ -52,23 +54,21 @@ def save(
     optimizer: torch.optim.Optimizer,
     average: dict[str, torch.Tensor] | None,
 ) -> Path:
-    """Write the checkpoint of `progress.step` and remove older ones; returns its folder."""
-    from safetensors.torch import save_file
-
+    """Write the checkpoint of `progress.step` and remove older ones; returns its folder. OSError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{progress.step:08d}"
     if final.exists():  # a finished run started again: nothing has changed
         return final
     draft = folder / f".writing-{final.name}"
     draft.mkdir()
-    save_file(_cpu(weights(model)), draft / "weights.safetensors")
-    save_file(_cpu(_moments(model, optimizer)), draft / "optimizer.safetensors")
+    _save_file(weights(model), draft / "weights.safetensors")
+    _save_file(_moments(model, optimizer), draft / "optimizer.safetensors")
     if average is not None:
-        save_file(_cpu(average), draft / "average.safetensors")
+        _save_file(average, draft / "average.safetensors")
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
-    save_file(random_state, draft / "random.safetensors")
+    _save_file(random_state, draft / "random.safetensors")
     (draft / "state.json").write_text(json.dumps({"progress": asdict(progress), "settings": settings}, indent=1))
     for path in [*draft.iterdir(), draft]:
         _fsync(path)
@@ -95,8 +95,6 @@ def load(
     average: dict[str, torch.Tensor] | None,
 ) -> None:
     """Put a checkpoint's tensors in place. ValueError naming the first tensor that does not fit the model."""
-    from safetensors.torch import load_file
-
     _copy(load_file(checkpoint / "weights.safetensors"), weights(model), checkpoint / "weights.safetensors")
     moments = load_file(checkpoint / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
@@ -130,10 +128,6 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
     }
 
 
-def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def _copy(stored: dict[str, torch.Tensor], target: dict[str, torch.Tensor], path: Path) -> None:
     for name in sorted(stored.keys() | target.keys()):
         found = tuple(stored[name].shape) if name in stored else "nothing"
@@ -142,6 +136,13 @@ def _copy(stored: dict[str, torch.Tensor], target: dict[str, torch.Tensor], path
             raise ValueError(f"{path} does not fit the model: {name} is {found}, expected {expected}")
     for name, tensor in target.items():
         tensor.copy_(stored[name])
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # how the library reports a full device
+        raise OSError(f"{path}: {error}") from None
 
 
 def _fsync(path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -121,6 +122,22 @@ def test_other_settings_or_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not fit the model: .* is \(.*\), expected"):
         train(train_toy.model(hidden_size=48), train_toy.example, settings, tmp_path)
     train(train_toy.model(), train_toy.example, train_toy.settings(total_tokens=600, log_every=7), tmp_path)
+
+
+def test_a_write_that_fails_is_an_oserror_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full device."""
+    model = train_toy.model()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    first = train_state.save(tmp_path, train_state.Progress(step=1), {}, model, optimizer, None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"step-00000002/weights\.safetensors"):
+            train_state.save(tmp_path, train_state.Progress(step=2), {}, model, optimizer, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert train_state.latest(tmp_path) == first
+    assert train_state.read(first)[0].step == 1
 
 
 def test_progress_survives_the_round_trip(tmp_path: Path) -> None:
