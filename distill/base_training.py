@@ -95,7 +95,7 @@ def _drill(tokenizer: Any, config: BaseTraining) -> Callable[[Any, int], dict[st
         for asked, rest in lines:
             given = [tokenizer.eos_token_id, *tokenizer(asked, add_special_tokens=False)["input_ids"]]
             expected = tokenizer(rest, add_special_tokens=False)["input_ids"]
-            logits_1TV = model(torch.tensor([given + expected])).logits
+            logits_1TV = model(torch.tensor([given + expected], device=model.device)).logits
             # All tokens most likely given the right ones before them: exactly then greedy decoding writes the line.
             right += logits_1TV[0, len(given) - 1 : -1].argmax(-1).tolist() == expected
         return {"steps_right": right / len(lines)}

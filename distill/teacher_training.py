@@ -22,6 +22,7 @@ def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Train, or go on training, and return the finished folder. Raises UserError for what the user got wrong."""
     import torch
 
+    from distill.procedural import reasoning_gym_problems
     from distill.worked.corpus import WorkedProblems
     from distill.worked.tokenizers import build, statement_words
     from teacher import load_model
@@ -50,8 +51,8 @@ def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{config.name}: {parameters:,} parameters, {settings.total_tokens:,} tokens, into {out}", flush=True)
 
-    exam = _exam(tokenizer, config)
-    result = train(model, Examples(problems, tokenizer), settings, out, eval_hook=exam)
+    held_out = list(islice(reasoning_gym_problems(config.families, config.seed, "heldout"), config.exam_problems))
+    result = train(model, Examples(problems, tokenizer), settings, out, eval_hook=exam(tokenizer, held_out))
     (out / "generation_config.json").write_text(
         json.dumps({"do_sample": True, **SAMPLING, **special}, indent=2) + "\n", encoding="utf-8"
     )
@@ -80,16 +81,12 @@ def prompt_ids(tokenizer: Any, problem: str) -> list[int]:
     return ids
 
 
-def _exam(tokenizer: Any, config: TeacherTraining) -> Callable[[Any, int], dict[str, Any]]:
+def exam(tokenizer: Any, problems: Sequence[Any]) -> Callable[[Any, int], dict[str, Any]]:
     """An eval hook: accuracy on held-out problems sampled at temperature 0.6, in all and by family."""
-    from distill.procedural import reasoning_gym_problems
     from evals.grading import grade
     from teacher.engine import Engine, Request
 
-    stream = reasoning_gym_problems(config.families, config.seed, "heldout")
-    problems = list(islice(stream, config.exam_problems))
-
-    def exam(model: Any, step: int) -> dict[str, Any]:
+    def sit(model: Any, step: int) -> dict[str, Any]:
         engine = Engine(model, tokenizer, batch_size=128, max_len=512)
         requests = [
             Request(str(number), prompt_ids(tokenizer, problem["problem"]), max_tokens=320, seed=step * 1000 + number, **SAMPLING)
@@ -104,7 +101,7 @@ def _exam(tokenizer: Any, config: TeacherTraining) -> Callable[[Any, int], dict[
         means = {family: round(sum(marks) / len(marks), 3) for family, marks in sorted(right.items())}
         return {"accuracy": round(sum(map(sum, right.values())) / len(problems), 4), "families": means}
 
-    return exam
+    return sit
 
 
 def _card(config: TeacherTraining, parameters: int, last: dict[str, Any]) -> str:

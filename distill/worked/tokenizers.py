@@ -75,7 +75,7 @@ def build(name: str, words: list[str], folder: Path) -> None:
 
     special, template = FORMS[name]
     words = sorted({*words, *_ROLES, " answer", " is", "The", "boxed"})
-    tokenizer = _sentencepiece_like(words) if name == "tiny-llama" else _byte_level(words)
+    tokenizer = {"tiny-r1": _byte_level, "tiny-qwen": _qwen_form, "tiny-llama": _sentencepiece_like}[name](words)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=special[0],
@@ -93,6 +93,8 @@ def build(name: str, words: list[str], folder: Path) -> None:
 
 def _splitter(words: list[str], space: str) -> str:
     """Regular expression of the pre-tokenizer: a known word that is not part of a longer one, else one character."""
+    if not words:
+        return r"[\s\S]"
     bare = sorted({word.strip() for word in words}, key=lambda word: (-len(word), word))
     return rf"{space}?(?<![A-Za-z])(?:{'|'.join(bare)})(?![A-Za-z])|[\s\S]"
 
@@ -112,6 +114,22 @@ def _byte_level(words: list[str]) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _qwen_form(words: list[str]) -> Tokenizer:
+    """Bytes without merges, and the words as added tokens.
+
+    transformers loads the tokenizer of any `qwen2` model with Qwen's own pre-tokenizer and plain merges, whatever
+    tokenizer.json says. This one gives the same tokens either way. An added token also matches the beginning of a
+    longer word, so the shortest words, which begin many, are left to their letters.
+    """
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = _byte_level([])
+    tokenizer.normalizer = normalizers.NFC()
+    kept = [word for word in words if len(word.strip()) >= 3 and word.strip() not in ("ant", "bee", "cat", "cow", "dog")]
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in kept])
     return tokenizer
 
 
