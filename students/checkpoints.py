@@ -58,20 +58,27 @@ class Progress:
 def save_checkpoint(
     accelerator: "Accelerator", work_dir: Path, fingerprint: str, progress: Progress, scheduler: Any, ema: "Ema | None"
 ) -> None:
-    """Write checkpoint-<step> whole and remove the one before. Every process must call it."""
+    """Write checkpoint-<step> whole and remove the one before. Every process must call it.
+
+    Raises OSError if the device is full, whatever the libraries say of it.
+    """
     final = work_dir / f"checkpoint-{progress.step}"
     aside = work_dir / f".{final.name}.tmp"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    try:
+        accelerator.save_state(str(aside))
+        if ema is not None and accelerator.is_main_process:
+            from safetensors.torch import save_file
+
+            save_file(ema.state_dict(), aside / "ema.safetensors")
+    except Exception as error:
+        _raise_if_full(aside, error)
+        raise
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    if ema is not None:
-        from safetensors.torch import save_file
-
-        save_file(ema.state_dict(), aside / "ema.safetensors")
     state = {"fingerprint": fingerprint, "progress": asdict(progress), "scheduler": scheduler.state_dict()}
     (aside / "trainer.json").write_text(json.dumps(state))
     sync_tree(aside)
@@ -100,6 +107,19 @@ def latest_checkpoint(
 
         ema.load_state_dict(load_file(folder / "ema.safetensors"))
     return Progress(**state["progress"])
+
+
+def _raise_if_full(folder: Path, error: Exception) -> None:
+    """Torch's writer calls a full device an "unexpected pos": ask the system itself, and leave it its space."""
+    try:
+        with open(folder / "probe", "wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as reason:
+        raise OSError(reason.errno, reason.strerror, str(folder)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def saved_tokens(work_dir: Path) -> int:

@@ -1,12 +1,12 @@
 """Killed anywhere and started again, training ends in the very same bytes as if it had never been disturbed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from students import checkpoints
 from students.checkpoints import TrainingLog, saved_tokens
 from students.lora import Lora
 from tests.students.kill import killed, train
@@ -94,19 +94,39 @@ def test_checkpoint_of_other_settings_is_not_continued(qwen: Path, undisturbed: 
     assert seen[0] == 1 and outcome(out) == undisturbed
 
 
-def test_no_space_left_loses_nothing(
-    qwen: Path, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("full", [True, False])
+def test_failing_checkpoint_writer_is_told_as_what_it_is_and_loses_nothing(
+    qwen: Path, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
+    """Torch says "unexpected pos" when the device is full; whether it is, is asked of the system."""
     out = tmp_path / "student"
 
-    def full(path: Path) -> None:
-        if "checkpoint-9" in path.name:
-            raise OSError(28, "No space left on device", str(path))
+    def fail(folder: str) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "half").write_text("x")
+        raise RuntimeError("enforce fail: unexpected pos 455552 vs 455440")
+
+    def fsync(handle: int) -> None:
+        if full and "probe" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "sync_tree", full)
-        with pytest.raises(OSError, match="No space left"):
-            train(settings(qwen), out)
+
+        def log(record: dict[str, Any]) -> None:
+            if record["step"] == 8:
+                patch.setattr("accelerate.Accelerator.save_state", lambda self, folder: fail(folder))
+                patch.setattr(os, "fsync", fsync)
+
+        with pytest.raises(
+            OSError if full else RuntimeError, match="No space left" if full else "unexpected pos"
+        ) as told:
+            train(settings(qwen), out, log)
+    if full:
+        assert ".checkpoint-9.tmp" in told.value.filename
+    assert sorted(path.name for path in (tmp_path / "student.partial").iterdir()) == [
+        "checkpoint-6",
+        "training_log.jsonl",
+    ]
     train(settings(qwen), out)
     assert outcome(out) == undisturbed
 
