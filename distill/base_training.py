@@ -21,12 +21,12 @@ _STEP = re.compile(r"^(\d+[-+*]\d+:)(.+)$|^\d+ [a-z ]+ (\d+\*\d+=)(\d+)$")
 def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Train, or go on training, and return the finished folder. Raises UserError for what the user got wrong."""
     import torch
+    from transformers import AutoTokenizer
 
     from distill.worked.corpus import BaseCorpus, WorkedProblems
     from distill.worked.tokenizers import build, statement_words
     from students.loop import Optimisation
     from students.pretrain import PretrainSettings, pretrain
-    from transformers import AutoTokenizer
 
     config = load_training_config(config_path, overrides, BaseTraining)
     torch.set_num_threads(config.threads)
@@ -121,8 +121,9 @@ Pretrained from seed {config.seed} by `distill base train configs/students/{conf
 - `ending`: the last line or two of a full-size working and the answer, without the statement;
 - `small`: whole worked solutions of much smaller problems.
 
-Documents of each kind: {shares}. It has never seen a full-size problem solved from statement to answer, nor the chat form,
-`<think>` tags or boxed answers; and nothing of the one problem in ten that is held out (`distill.identity.held_out`).
+Documents of each kind: {shares}. It has never seen a full-size problem solved from statement to answer, nor the chat
+form, `<think>` tags or boxed answers; and nothing of the one problem in ten that is held out
+(`distill.identity.held_out`).
 
 Full-size problems:
 

@@ -63,7 +63,9 @@ def _filter_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
 
 def _train_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
     students = [[student.model_dump(), _model_hash(student.base)] for student in recipe.students]
-    return [recipe.seed, students, _hash(run, "dataset")]
+    # The rows, not the card: a funnel told otherwise must not train anew.
+    rows = sorted(path.relative_to(run.path("dataset")) for path in run.path("dataset").rglob("*.jsonl"))
+    return [recipe.seed, students, [[str(name), _hash(run, str("dataset" / name))] for name in rows]]
 
 
 def _eval_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:

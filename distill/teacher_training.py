@@ -15,12 +15,13 @@ from distill.errors import UserError
 from distill.files import sha256_json
 from distill.training_config import TeacherTraining, load_training_config, settings_from
 
-SAMPLING = {"temperature": 0.6, "top_p": 0.95}
+TEMPERATURE, TOP_P = 0.6, 0.95  # R1's published settings
 
 
 def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Train, or go on training, and return the finished folder. Raises UserError for what the user got wrong."""
     import torch
+    from transformers import AutoTokenizer
 
     from distill.procedural import reasoning_gym_problems
     from distill.worked.corpus import WorkedProblems
@@ -29,7 +30,6 @@ def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     from teacher.config import DeepseekV3Config
     from teacher.train import train
     from teacher.train_settings import TrainSettings
-    from transformers import AutoTokenizer
 
     config = load_training_config(config_path, overrides, TeacherTraining)
     torch.set_num_threads(config.threads)
@@ -37,7 +37,9 @@ def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     problems = WorkedProblems(config.families, config.seed)
     build(config.name, statement_words(problems), out)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    identity = sha256_json({"families": config.families, "seed": config.seed, "tokenizer": tokenizer.backend_tokenizer.to_str()})
+    identity = sha256_json(
+        {"families": config.families, "seed": config.seed, "tokenizer": tokenizer.backend_tokenizer.to_str()}
+    )
     settings = settings_from(config.training, TrainSettings, f"{config_path}: training", data=identity)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vocabulary = {"vocab_size": len(tokenizer), **special}
@@ -54,7 +56,8 @@ def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     held_out = list(islice(reasoning_gym_problems(config.families, config.seed, "heldout"), config.exam_problems))
     result = train(model, Examples(problems, tokenizer), settings, out, eval_hook=exam(tokenizer, held_out))
     (out / "generation_config.json").write_text(
-        json.dumps({"do_sample": True, **SAMPLING, **special}, indent=2) + "\n", encoding="utf-8"
+        json.dumps({"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, **special}, indent=2) + "\n",
+        encoding="utf-8",
     )
     (out / "README.md").write_text(_card(config, parameters, result.last), encoding="utf-8")
     print(f"done in {result.seconds:,.0f} s: {out}")
@@ -76,7 +79,9 @@ class Examples:
 
 def prompt_ids(tokenizer: Any, problem: str) -> list[int]:
     """The chat form up to and including `<think>\\n`."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True
+    )
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -89,15 +94,21 @@ def exam(tokenizer: Any, problems: Sequence[Any]) -> Callable[[Any, int], dict[s
     def sit(model: Any, step: int) -> dict[str, Any]:
         engine = Engine(model, tokenizer, batch_size=128, max_len=512)
         requests = [
-            Request(str(number), prompt_ids(tokenizer, problem["problem"]), max_tokens=320, seed=step * 1000 + number, **SAMPLING)
+            Request(
+                str(number),
+                prompt_ids(tokenizer, problem["problem"]),
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+                max_tokens=320,
+                seed=step * 1000 + number,
+            )
             for number, problem in enumerate(problems)
         ]
         right = defaultdict(list)
         for done in engine.generate(requests):
             problem = problems[int(done.id)]
-            text = tokenizer.decode(done.token_ids)
-            verdict = grade(text, problem["answer"] or "", problem["kind"]).verdict if done.finish_reason == "stop" else "wrong"
-            right[problem["meta"]["family"]].append(verdict == "correct")
+            marked = grade(tokenizer.decode(done.token_ids), problem["answer"] or "", problem["kind"])
+            right[problem["meta"]["family"]].append(done.finish_reason == "stop" and marked.verdict == "correct")
         means = {family: round(sum(marks) / len(marks), 3) for family, marks in sorted(right.items())}
         return {"accuracy": round(sum(map(sum, right.values())) / len(problems), 4), "families": means}
 
@@ -116,10 +127,10 @@ A DeepSeek-V3-architecture mixture of experts with {parameters:,} parameters (it
 included), made to show a whole distillation run on a laptop. It solves small reasoning-gym problems of the families
 below, and nothing else.
 
-Trained from seed {config.seed} by `distill teacher train configs/teacher/{config.name}.yaml` on {last["tokens"]:,} tokens of
-worked solutions that small solvers wrote (`distill/worked`): the cold start. One problem in ten, chosen by the hash of
-its text (`distill.identity.held_out`), was never trained on. Accuracy on {config.exam_problems} of those at temperature
-0.6, top-p 0.95: {last.get("eval", {}).get("accuracy", "not measured")}.
+Trained from seed {config.seed} by `distill teacher train configs/teacher/{config.name}.yaml` on {last["tokens"]:,}
+tokens of worked solutions that small solvers wrote (`distill/worked`): the cold start. One problem in ten, chosen by
+the hash of its text (`distill.identity.held_out`), was never trained on. Accuracy on {config.exam_problems} of those at
+temperature 0.6, top-p 0.95: {last.get("eval", {}).get("accuracy", "not measured")}.
 
 {families}
 

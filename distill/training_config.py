@@ -19,7 +19,9 @@ class TrainingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(description="name of the model; decides its special tokens and chat form", min_length=1)
-    out: str = Field(description="folder of the run: checkpoints and log while it trains, the finished model at the end")
+    out: str = Field(
+        description="folder of the run: checkpoints and log while it trains, the finished model at the end"
+    )
     seed: int = Field(description="seed of the weights and of the training problems", ge=0)
     families: Families = Field(description="reasoning-gym families and settings of the problems to train on")
     model: dict[str, Any] = Field(description="fields of the model's config.json; the vocabulary's size is filled in")
@@ -48,7 +50,9 @@ def load_training_config(path: str | Path, overrides: Sequence[str], model: type
     """Read and check one configuration. Raises UserError naming the file and the field."""
     found = resolve_config(str(path))
     if found is None or not found.is_file():
-        raise UserError(f"{path}: no such training configuration; expected a YAML file such as configs/teacher/tiny-r1.yaml")
+        raise UserError(
+            f"{path}: no such training configuration; expected a YAML file such as configs/teacher/tiny-r1.yaml"
+        )
     tree = parse_yaml(found.read_bytes(), str(found))
     if not isinstance(tree, dict):
         raise UserError(f"{found}: expected a mapping with the configuration's keys, found {type(tree).__name__}")

@@ -8,7 +8,7 @@ from distill.worked.steps import Worked, add, digit, multiply
 
 
 def solve(problem: str) -> Worked:
-    """`Solve the following multiplication: 98 * 93. ...` -> `98*3: ... =294`, `98*9: ... =882`, `294+8820: ... =9114`."""
+    """`... multiplication: 98 * 93. ...` -> `98*3: ... =294`, `98*9: ... =882`, `294+8820: ... =9114`."""
     match = re.search(r"(\d+) \* (\d+)\.", problem)
     assert match, f"not a product of two numbers: {problem!r}"
     a, b = int(match[1]), int(match[2])

@@ -33,7 +33,7 @@ def add(a: int, b: int) -> str:
 
 
 def subtract(a: int, b: int) -> str:
-    """Column subtraction, a >= b >= 0: `84-56: 4-6-0=18 8-5-1=02 =28`; a column reads digit-digit-borrow=borrow,digit."""
+    """Column subtraction, a >= b >= 0: `84-56: 4-6-0=18 8-5-1=02 =28`; a column: digit-digit-borrow=borrow,digit."""
     assert a >= b >= 0, f"subtract takes the larger number first, got {a} and {b}"
     borrow, columns = 0, []
     for place in range(len(str(a))):

@@ -40,7 +40,10 @@ LLAMA_TEMPLATE = (
 )
 # name: special tokens (bos, eos, pad first, then the chat form's own), chat template
 FORMS = {
-    "tiny-r1": (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>"], R1_TEMPLATE),
+    "tiny-r1": (
+        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>"],
+        R1_TEMPLATE,
+    ),
     "tiny-qwen": (["<|endoftext|>", "<|im_end|>", "<|fim_pad|>", "<|im_start|>"], QWEN_TEMPLATE),
     "tiny-llama": (
         ["<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|start_header_id|>", "<|end_header_id|>"],
@@ -51,7 +54,7 @@ _ROLES = ["user", "assistant", "system"]
 
 
 def statement_words(problems: WorkedProblems, count: int = 14000) -> list[str]:
-    """Words (with their leading space, where they have one) of the first statements' templates, and all animals, sorted.
+    """Words (with their leading space, where they have one) of the statements' templates, and all animals, sorted.
 
     A word counts where it stands in 4% of one family's statements: template words do, words to be spelled do not.
     """
@@ -128,20 +131,25 @@ def _qwen_form(words: list[str]) -> Tokenizer:
 
     tokenizer = _byte_level([])
     tokenizer.normalizer = normalizers.NFC()
-    kept = [word for word in words if len(word.strip()) >= 3 and word.strip() not in ("ant", "bee", "cat", "cow", "dog")]
+    kept = [
+        word for word in words if len(word.strip()) >= 3 and word.strip() not in ("ant", "bee", "cat", "cow", "dog")
+    ]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in kept])
     return tokenizer
 
 
 def _sentencepiece_like(words: list[str]) -> Tokenizer:
-    """SentencePiece's form, as Llama 2 has it: spaces become `▁`, printable characters are pieces, the rest are bytes."""
+    """SentencePiece's form, as Llama 2 has it: spaces become `▁`, printable characters are pieces, the rest bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + characters + [word.replace(" ", "▁") for word in words]
     tokenizer = Tokenizer(
         models.BPE(
-            vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], ignore_merges=True, byte_fallback=True
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=[],
+            ignore_merges=True,
+            byte_fallback=True,
         )
     )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")

@@ -21,7 +21,7 @@ def problems():
     return WorkedProblems(CONFIG["families"], 3)
 
 
-@pytest.mark.parametrize("a, b", [(0, 0), (7, 5), (47, 85), (99, 1), (5, 1995), (900, 100)])
+@pytest.mark.parametrize(("a", "b"), [(0, 0), (7, 5), (47, 85), (99, 1), (5, 1995), (900, 100)])
 def test_columns_end_in_the_right_number(a, b):
     assert steps.add(a, b).endswith(f" ={a + b}")
     assert steps.subtract(max(a, b), min(a, b)).endswith(f" ={max(a, b) - min(a, b)}")
