@@ -94,8 +94,12 @@ def _teacher_hash(recipe: Recipe) -> list[Any]:
 
 
 def _students_hash(run: RunFolder) -> list[list[str | None]]:
-    """The finished models only: logs and checkpoints beside them do not change what is measured."""
-    files = sorted(p for p in run.path("students").glob("*/*") if p.suffix in (".safetensors", ".json", ".jinja"))
+    """The finished models only: logs, checkpoints and how long it took do not change what is measured."""
+    files = sorted(
+        p
+        for p in run.path("students").glob("*/*")
+        if p.suffix in (".safetensors", ".json", ".jinja") and p.name != "training.json"
+    )
     return [[p.relative_to(run.folder).as_posix(), sha256_tree(p)] for p in files]
 
 

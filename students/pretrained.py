@@ -4,6 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from students.export import FACTS
+
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
@@ -61,13 +63,17 @@ def check_vocabulary(tokenizer: Any, embeddings: int, name: str) -> None:
 
 
 def content_hash(base: str | Path) -> str:
-    """sha256 over the files of a checkpoint folder that decide what it computes; of the name itself for a hub name."""
+    """sha256 over the files of a checkpoint folder that decide what it computes; of the name itself for a hub name.
+
+    training.json, which says how long it took, decides nothing: killed and resumed, a model stays the same model.
+    """
     digest = hashlib.sha256()
     folder = Path(base)
     if not folder.is_dir():
         return hashlib.sha256(str(base).encode()).hexdigest()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".safetensors", ".json", ".model", ".jinja", ".txt"):
+        decides = path.suffix in (".safetensors", ".json", ".model", ".jinja", ".txt") and path.name != FACTS
+        if path.is_file() and decides:
             digest.update(path.name.encode() + b"\0")
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
