@@ -121,9 +121,10 @@ Pretrained from seed {config.seed} by `distill base train configs/students/{conf
 - `ending`: the last line or two of a full-size working and the answer, without the statement;
 - `small`: whole worked solutions of much smaller problems.
 
-Documents of each kind: {shares}. It has never seen a full-size problem solved from statement to answer, nor the chat
-form, `<think>` tags or boxed answers; and nothing of the one problem in ten that is held out
-(`distill.identity.held_out`).
+Documents of each kind: {shares}.
+
+It has never seen a full-size problem solved from statement to answer, nor the chat form, `<think>` tags or boxed answers;
+and nothing of the one problem in ten that is held out (`distill.identity.held_out`).
 
 Full-size problems:
 
