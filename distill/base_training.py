@@ -123,8 +123,8 @@ Pretrained from seed {config.seed} by `distill base train configs/students/{conf
 
 Documents of each kind: {shares}.
 
-It has never seen a full-size problem solved from statement to answer, nor the chat form, `<think>` tags or boxed answers;
-and nothing of the one problem in ten that is held out (`distill.identity.held_out`).
+It has never seen a full-size problem solved from statement to answer, nor the chat form, `<think>` tags or boxed
+answers; and nothing of the one problem in ten that is held out (`distill.identity.held_out`).
 
 Full-size problems:
 
