@@ -4,6 +4,7 @@ The teacher is trained on endlessly fresh problems with the worked solutions of 
 will answer in, loss on the response only. No held-out problem is among them (distill.identity.held_out).
 """
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.files import sha256_json
+from distill.files import sha256_json, sha256_tree
+from distill.shipped import resolve_model
 from distill.training_config import TeacherTraining, load_training_config, settings_from
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # R1's published settings
@@ -34,12 +36,18 @@ def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     config = load_training_config(config_path, overrides, TeacherTraining)
     torch.set_num_threads(config.threads)
     out = Path(config.out)
-    problems = WorkedProblems(config.families, config.seed)
-    build(config.name, statement_words(problems), out)
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    identity = sha256_json(
-        {"families": config.families, "seed": config.seed, "tokenizer": tokenizer.backend_tokenizer.to_str()}
-    )
+    problems = WorkedProblems(config.families, config.seed, config.turns)
+    start = resolve_model(config.init) if config.init else None
+    if start is None:
+        build(config.name, statement_words(problems), out)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+    else:  # the weights know the tokens that they were trained with
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        tokenizer.save_pretrained(out)
+    data = {"families": config.families, "seed": config.seed, "tokenizer": tokenizer.backend_tokenizer.to_str()}
+    if config.turns or start:
+        data |= {"turns": config.turns, "init": sha256_tree(Path(start)) if start else None}
+    identity = sha256_json(data)
     settings = settings_from(config.training, TrainSettings, f"{config_path}: training", data=identity)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vocabulary = {"vocab_size": len(tokenizer), **special}
@@ -49,7 +57,9 @@ def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     except ValueError as error:
         raise UserError(f"{config_path}: model.{error}") from None
     torch.manual_seed(config.seed)
-    model = load_model(architecture)
+    model = load_model(start or architecture, dtype=torch.float32)
+    if dataclasses.replace(model.config, dtype=architecture.dtype) != architecture:
+        raise UserError(f"{config_path}: init: {start} has another architecture than model: describes")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{config.name}: {parameters:,} parameters, {settings.total_tokens:,} tokens, into {out}", flush=True)
 
@@ -59,7 +69,7 @@ def run(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         json.dumps({"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, **special}, indent=2) + "\n",
         encoding="utf-8",
     )
-    (out / "README.md").write_text(_card(config, parameters, result.last), encoding="utf-8")
+    (out / "README.md").write_text(_card(config, Path(config_path).name, parameters, result.last), encoding="utf-8")
     print(f"done in {result.seconds:,.0f} s: {out}")
     return out
 
@@ -115,7 +125,8 @@ def exam(tokenizer: Any, problems: Sequence[Any]) -> Callable[[Any, int], dict[s
     return sit
 
 
-def _card(config: TeacherTraining, parameters: int, last: dict[str, Any]) -> str:
+def _card(config: TeacherTraining, config_name: str, parameters: int, last: dict[str, Any]) -> str:
+    start = f", going on from `{config.init}`," if config.init else ""
     families = "\n".join(f"- `{name}`: `{json.dumps(settings)}`" for name, settings in config.families.items())
     return f"""---
 license: apache-2.0
@@ -127,7 +138,7 @@ A DeepSeek-V3-architecture mixture of experts with {parameters:,} parameters (it
 included), made to show a whole distillation run on a laptop. It solves small reasoning-gym problems of the families
 below, and nothing else.
 
-Trained from seed {config.seed} by `distill teacher train configs/teacher/{config.name}.yaml` on {last["tokens"]:,}
+Trained from seed {config.seed} by `distill teacher train {config_name}`{start} on {last["tokens"]:,}
 tokens of worked solutions that small solvers wrote (`distill/worked`): the cold start. One problem in ten, chosen by
 the hash of its text (`distill.identity.held_out`), was never trained on. Accuracy on {config.exam_problems} of those at
 temperature 0.6, top-p 0.95: {last.get("eval", {}).get("accuracy", "not measured")}.

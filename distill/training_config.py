@@ -32,6 +32,8 @@ class TrainingConfig(BaseModel):
 class TeacherTraining(TrainingConfig):
     """configs/teacher/*.yaml."""
 
+    init: str | None = Field(None, description="model folder to go on from; without it, fresh weights from the seed")
+    turns: dict[str, int] = Field({}, description="turns a round of a family that shall come more often than once")
     exam_problems: int = Field(140, description="held-out problems sampled at every evaluation", ge=1)
 
 

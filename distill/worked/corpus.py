@@ -7,7 +7,7 @@ nothing is built from a problem that `distill.identity.held_out` reserves for ev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from random import Random
@@ -53,10 +53,14 @@ class WorkedExample:
 
 @dataclass(frozen=True)
 class WorkedProblems:
-    """An endless numbered list of solved training problems, the families taking turns."""
+    """An endless numbered list of solved training problems, the families taking turns.
+
+    A family named in `turns` has so many turns a round instead of one.
+    """
 
     families: Mapping[str, Mapping[str, Any]]
     seed: int
+    turns: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_families(self.families, "families")
@@ -64,19 +68,27 @@ class WorkedProblems:
             if family not in SOLVED_FAMILIES:
                 raise UserError(f"families.{family}: no solver is written for it; known: {', '.join(SOLVED_FAMILIES)}")
 
+        for family in self.turns:
+            if family not in self.families:
+                raise UserError(f"turns.{family}: no such family here; families: {', '.join(self.families)}")
+
     @cached_property
-    def _datasets(self) -> list[tuple[str, Any]]:
+    def _round(self) -> list[tuple[str, Any, int, int]]:
+        """A round's turns: family, its dataset, which of its turns this is, and how many it has."""
         from reasoning_gym.factory import create_dataset
 
-        return [
-            (family, create_dataset(family, seed=family_seed(self.seed, family), size=1, **settings))
-            for family, settings in self.families.items()
-        ]
+        turns = []
+        for family, settings in self.families.items():
+            dataset = create_dataset(family, seed=family_seed(self.seed, family), size=1, **settings)
+            count = self.turns.get(family, 1)
+            turns += [(family, dataset, turn, count) for turn in range(count)]
+        return turns
 
     def statement(self, index: int) -> tuple[str, str]:
         """Family and problem statement."""
-        family, dataset = self._datasets[index % len(self._datasets)]
-        item = index // len(self._datasets)
+        rounds, place = divmod(index, len(self._round))
+        family, dataset, turn, count = self._round[place]
+        item = rounds * count + turn
         while held_out(problem := str(dataset[item]["question"]).strip()):
             item += _STRIDE
         return family, problem

@@ -65,6 +65,16 @@ def test_examples_are_a_pure_function_of_the_index_and_never_held_out(problems):
     assert problems[5] != WorkedProblems(CONFIG["families"], 4)[5]
 
 
+def test_a_family_may_have_several_turns_a_round_each_another_problem():
+    mixed = WorkedProblems(CONFIG["families"], 3, {"letter_counting": 3})
+    families = [mixed[index].family for index in range(9)]
+    assert families.count("letter_counting") == 3 and len(set(families)) == 7
+    letters = [mixed[index].problem for index in range(90) if mixed[index].family == "letter_counting"]
+    assert len(set(letters)) == len(letters) == 30
+    with pytest.raises(UserError, match=r"turns\.gcd: no such family here"):
+        WorkedProblems(CONFIG["families"], 3, {"gcd": 2})
+
+
 def test_base_documents_never_hold_a_full_size_problem_with_its_whole_working(problems):
     small = WorkedProblems(CONFIG["small_families"], 4)
     for kind in ("lines", "unfinished", "ending"):
