@@ -128,14 +128,16 @@ def saved_tokens(work_dir: Path) -> int:
 
 
 def _checkpoints(work_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Complete checkpoints, newest first."""
+    """Complete checkpoints, newest first. One without trainer.json was being removed when a kill came."""
     folders = sorted(work_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    return [(path, json.loads((path / "trainer.json").read_text())) for path in folders]
+    whole = [path for path in folders if (path / "trainer.json").is_file()]
+    return [(path, json.loads((path / "trainer.json").read_text())) for path in whole]
 
 
 def _remove_others(work_dir: Path, keep: Path | None) -> None:
     for path in [*work_dir.glob("checkpoint-*"), *work_dir.glob(".checkpoint-*.tmp")]:
         if path != keep:
+            (path / "trainer.json").unlink(missing_ok=True)  # first: what is left of it by a kill is no checkpoint
             shutil.rmtree(path)
 
 

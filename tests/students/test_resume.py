@@ -85,6 +85,21 @@ def test_killed_with_muon_and_averaged_weights(qwen: Path, tmp_path: Path) -> No
     assert outcome(out) == outcome(tmp_path / "a" / "student")
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_killed_while_an_old_checkpoint_was_being_removed(
+    qwen: Path, undisturbed: Any, tmp_path: Path, published: bool
+) -> None:
+    out, work_dir = tmp_path / "student", tmp_path / "student.partial"
+    killed(settings(qwen), out, *(("published",) if published else ("step", 8)))
+    half = work_dir / "checkpoint-3"
+    half.mkdir(parents=True)
+    (half / "optimizer.bin").write_bytes(b"what was left")
+    assert saved_tokens(work_dir) > 0
+    train(settings(qwen), out)
+    assert outcome(out) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
 def test_checkpoint_of_other_settings_is_not_continued(qwen: Path, undisturbed: Any, tmp_path: Path) -> None:
     out, seen = tmp_path / "student", []
     other = settings(qwen, learning_rate=1e-3)
