@@ -41,14 +41,17 @@ def teacher_id(model: str) -> str:
 
 
 def teacher_licence(model: str) -> str | None:
-    """What the model card in the folder declares in its header, if anything."""
+    """What the model card in the folder declares in its header, if anything. Raises UserError if that is not YAML."""
     import yaml
 
     card = teacher_folder(model) / "README.md"
     parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.is_file() else []
     if len(parts) != 3 or parts[0].strip():
         return None
-    header = yaml.safe_load(parts[1])
+    try:
+        header = yaml.safe_load(parts[1])
+    except yaml.YAMLError as error:
+        raise UserError(f"{card}: the header is not valid YAML ({' '.join(str(error).split())})") from None
     return str(header["license"]) if isinstance(header, dict) and "license" in header else None
 
 
@@ -64,7 +67,7 @@ class EmbeddedTeacher:
         self.id = teacher_id(teacher.model)
         self.batch_size = teacher.batch_size
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: the tokenizer does not load: {str(error).splitlines()[0]}") from error
         if not self.tokenizer.chat_template:

@@ -10,15 +10,23 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
+def check_base(base: str | Path) -> None:
+    """Raise ValueError for a folder that lacks a checkpoint's files, without loading any; hub names pass."""
+    folder = _check_folder(base)
+    if folder is not None:
+        _check_tokenizer(folder)
+        _check_weights(folder)
+
+
 def load_tokenizer(base: str | Path) -> Any:
     """The tokenizer of a checkpoint folder or hub name. Raises ValueError if there is none or it cannot be read."""
     from transformers import AutoTokenizer
 
     folder = _check_folder(base)
-    if folder is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{folder}: no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
+    if folder is not None:
+        _check_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)  # None would ask at the terminal
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
         raise ValueError(f"{base}: the tokenizer cannot be loaded: {_first_line(error)}") from error
 
@@ -33,15 +41,15 @@ def load_model(base: str | Path, tokenizer: Any = None, dtype: str = "float32") 
     from transformers import AutoModelForCausalLM
 
     folder = _check_folder(base)
-    if folder is not None and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint folder")
-    if folder is not None and not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-        found = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
-        raise ValueError(f"{folder}: found {found}; expected *.safetensors")
+    if folder is not None:
+        _check_weights(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            base, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            base,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # safetensors and hub errors have no common base class
         raise ValueError(f"{base}: the model cannot be loaded: {_first_line(error)}") from error
@@ -90,6 +98,20 @@ def _check_folder(base: str | Path) -> Path | None:
     if isinstance(base, Path) or path.is_absolute() or str(base).startswith(".") or str(base).count("/") > 1:
         raise ValueError(f"{base}: no such checkpoint folder")
     return None
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder}: no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
+
+
+def _check_weights(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint folder")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+        found = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
+        raise ValueError(f"{folder}: found {found}; expected *.safetensors")
 
 
 def _first_line(error: Exception) -> str:

@@ -205,7 +205,7 @@ def _load(settings: SftSettings, tokenizer: Any, accelerator: "Accelerator") -> 
             raise ValueError("method: 'lora' cannot be merged under FSDP yet; launch it without, or use method 'full'")
         torch.manual_seed(settings.optimisation.seed)  # adapters start at random
         model = add_adapters(model, settings.lora or Lora())
-    saved = AutoConfig.from_pretrained(settings.base).dtype
+    saved = AutoConfig.from_pretrained(settings.base, trust_remote_code=False).dtype
     return model, str(saved).removeprefix("torch.") if saved is not None else "float32"
 
 

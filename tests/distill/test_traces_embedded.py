@@ -87,6 +87,13 @@ def test_the_licence_is_what_the_model_card_declares(folder, tmp_path, card, lic
     assert teacher_licence(str(copy)) == licence
 
 
+def test_a_model_card_with_a_broken_header_is_named(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    (copy / "README.md").write_text("---\nlicense: [mit\n---\n")
+    with pytest.raises(UserError, match=r"tiny/README\.md: the header is not valid YAML"):
+        teacher_licence(str(copy))
+
+
 def test_the_prompt_is_rendered_once_with_the_chat_template(folder, monkeypatch):
     engine = EngineSaying(monkeypatch, "x")
     teacher = load(folder)

@@ -55,6 +55,24 @@ def test_pickled_weights_are_refused_unopened(base: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "ran").exists()
 
 
+def test_code_beside_the_weights_is_not_run_and_nobody_is_asked(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless told, transformers asks at the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (base / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    automatic = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C", "AutoTokenizer": ["code.C", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        fields = json.loads((base / name).read_text())
+        fields |= {"model_type": "unheard_of", "tokenizer_class": "Unheard", "auto_map": automatic}
+        (base / name).write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="base: the model cannot be loaded"):
+        load_model(base)
+    with pytest.raises(ValueError, match="base: the tokenizer cannot be loaded"):
+        load_tokenizer(base)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_folder_without_weights(base: Path) -> None:
     (base / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"base: found no weights; expected \*.safetensors"):
