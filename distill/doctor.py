@@ -16,6 +16,7 @@ from rich.table import Table
 from distill.manifest import installed_version
 from distill.recipe import Teacher
 from distill.shipped import SHIPPED_MODELS, resolve_model
+from distill.training_jobs import cores
 
 GIB = 1024**3
 QUICKSTART_MEMORY = 3 * GIB
@@ -56,12 +57,7 @@ def examine() -> Machine:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             gpus.append((properties.name, properties.total_memory))
-    return Machine(available_cpus(), memory_bytes(), shutil.disk_usage(Path.cwd()).free, threads, gpus)
-
-
-def available_cpus() -> int:
-    """CPUs this process may use: containers often show more than they give."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(cores(), memory_bytes(), shutil.disk_usage(Path.cwd()).free, threads, gpus)
 
 
 def memory_bytes() -> int | None:

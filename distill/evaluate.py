@@ -8,7 +8,6 @@ slower than one on a machine that was busy otherwise). A GPU takes the models on
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -21,6 +20,7 @@ from distill.problems import read_problems
 from distill.recipe import Recipe, Student, Teacher
 from distill.records import Ask as TeacherAsk
 from distill.shipped import resolve_model
+from distill.training_jobs import cores
 
 if TYPE_CHECKING:
     from distill.progress import Progress
@@ -93,7 +93,7 @@ def _side_by_side(models: list[Model], work: Callable[[Model], None], stop: thre
         if not stop.is_set():
             work(model)
 
-    with ThreadPoolExecutor(min(max(1, len(together)), len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(max(1, len(together)), cores())) as pool:
         futures = [pool.submit(work_on_one_core, model) for model in together]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -188,24 +188,26 @@ class _Samples:
         self.metrics: Row = {}
         with Appender(self.path) as file:
             self.torn = file.torn
-        self.rows = [row for path in (self.path, self.superseded) if path.exists() for _, row in read_jsonl(path)]
+        # A kill in settle() may have left a sample in both files.
+        files = [path for path in (self.superseded, self.path) if path.exists()]
+        self.rows = list({row["id"]: row for path in files for _, row in read_jsonl(path)}.values())
 
     def fitting(self, revision: str, recipe: Recipe) -> int:
         """How many of the rows this recipe asks for, near enough for a progress bar."""
-        wanted = (revision, recipe.evals.temperature, recipe.evals.top_p, recipe.evals.max_tokens, recipe.seed)
-        return sum(
-            (row.get("revision"), *row.get("sampling", {}).values()) == wanted and row["sample"] < recipe.evals.samples
-            for row in self.rows
-        )
+        evals = recipe.evals
+        sampling = {"temperature": evals.temperature, "top_p": evals.top_p, "max_tokens": evals.max_tokens}
+        wanted = {"revision": revision, "sampling": {**sampling, "seed": recipe.seed}}
+        return sum(wanted.items() <= row.items() and row["sample"] < evals.samples for row in self.rows)
 
     def settle(self, current: list[Row]) -> None:
-        """Leave exactly `current` in the file; other samples go to `superseded`."""
+        """Leave exactly `current` in the file; others go to `superseded`. At any moment each sample is in one."""
         ids = {row["id"] for row in current}
         others = [row for row in self.rows if row["id"] not in ids]
         in_file = {row["id"] for _, row in read_jsonl(self.path)}
         if in_file != ids:
-            write_jsonl_atomic(self.superseded, others)
+            write_jsonl_atomic(self.superseded, [*others, *current])
             write_jsonl_atomic(self.path, current)
+            write_jsonl_atomic(self.superseded, others)
 
 
 class _Shown:

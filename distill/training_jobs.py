@@ -55,7 +55,7 @@ def workers_for(jobs: Sequence[Job]) -> int:
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Cores this process may use: containers often show more than they give."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -139,7 +139,9 @@ def shared_pool() -> Pool:
     global _pool, _pool_owner
     with _pool_lock:
         if _pool is None or _pool_owner != os.getpid():
-            _pool = Pool(max(2, min(16, len(os.sched_getaffinity(0)))))
+            # macOS does not say which cores a process may use.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            _pool = Pool(max(2, min(16, cores)))
             _pool_owner = os.getpid()
             atexit.register(_pool.close)
         return _pool

@@ -13,7 +13,7 @@ import pytest
 
 from distill import evaluate
 from distill.errors import UserError
-from distill.jsonl import read_jsonl
+from distill.jsonl import read_jsonl, write_jsonl_atomic
 from tests.distill.small_run import FakeTeacher, install, make_recipe, open_run
 from tests.tiny import write_llama, write_qwen, write_teacher
 
@@ -102,6 +102,32 @@ def test_other_settings_supersede_and_going_back_finds_the_old_samples(tmp_path,
         facts = evaluate.run(recipe, run)
         assert facts["made"] == 0
     assert {name: {r["id"]: r for r in samples(folder, name)} for name in MODELS} == first
+
+
+@pytest.mark.parametrize("write", [1, 2, 3])
+def test_killed_while_superseded_samples_come_back_none_is_lost(tmp_path, models, monkeypatch, write):
+    """Going back moves samples from one file to the other, in three writes."""
+    install(monkeypatch, FakeTeacher(answers))
+    recipe, folder = ready(tmp_path, models)
+    warmer, _ = ready(tmp_path, models, temperature=0.9)
+    calls = []
+
+    def dying(path, rows):
+        calls.append(path)
+        if len(calls) == write:
+            raise KeyboardInterrupt
+        return write_jsonl_atomic(path, rows)
+
+    with open_run(folder, recipe) as run:
+        evaluate.run(recipe, run)
+        evaluate.run(warmer, run)
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "write_jsonl_atomic", dying)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate.run(recipe, run)
+        for settings in (recipe, warmer):
+            assert evaluate.run(settings, run)["made"] == 0
+        assert {len(samples(folder, name)) for name in MODELS} == {6}
 
 
 def test_retrained_weights_are_evaluated_again_and_the_rest_is_not(tmp_path, models, monkeypatch):
