@@ -27,6 +27,7 @@ SOLVED_FAMILIES = (
     "simple_equations",
     "spell_backward",
 )
+KINDS = ("lines", "unfinished", "ending", "small")
 # Items of a reasoning-gym dataset are Random(seed + index): a held-out item is replaced by one far outside any run.
 _STRIDE = 1_000_000_007
 
@@ -102,6 +103,8 @@ class WorkedProblems:
 class BaseCorpus:
     """Plain-text documents that a student base is pretrained on: pieces of working, never a whole full-size solution.
 
+    `weights` has the kinds' shares; UserError for a kind that is none of these:
+
     lines       one to `longest_piece` consecutive lines of a full-size working, without its problem and answer
     unfinished  a full-size problem statement and the beginning of its working, always short of the last line
     ending      the last line or two of a full-size working and the answer, without the problem
@@ -114,6 +117,11 @@ class BaseCorpus:
     small: WorkedProblems
     weights: Mapping[str, float]
     longest_piece: int = 4
+
+    def __post_init__(self) -> None:
+        for kind in self.weights:
+            if kind not in KINDS:
+                raise UserError(f"mixture.{kind}: no such kind of document; known: {', '.join(KINDS)}")
 
     def __getitem__(self, index: int) -> str:
         rng = Random(f"{self.full.seed}/{index}")

@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.errors import UserError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -73,9 +75,14 @@ def statement_words(problems: WorkedProblems, count: int = 14000) -> list[str]:
 
 
 def build(name: str, words: list[str], folder: Path) -> None:
-    """Write the tokenizer of one shipped model (a key of FORMS) as a Hugging Face folder that AutoTokenizer loads."""
+    """Write the tokenizer of one shipped model as a Hugging Face folder that AutoTokenizer loads.
+
+    Raises UserError if `name` is no key of FORMS.
+    """
     from transformers import PreTrainedTokenizerFast
 
+    if name not in FORMS:
+        raise UserError(f"name: no chat form is written for {name!r}; known: {', '.join(FORMS)}")
     special, template = FORMS[name]
     words = sorted({*words, *_ROLES, " answer", " is", "The", "boxed"})
     tokenizer = {"tiny-r1": _byte_level, "tiny-qwen": _qwen_form, "tiny-llama": _sentencepiece_like}[name](words)

@@ -88,6 +88,16 @@ def test_base_documents_never_hold_a_full_size_problem_with_its_whole_working(pr
             assert ("The answer is" in text) == (kind == "ending")
 
 
+def test_a_misspelt_kind_of_document_is_refused(problems):
+    with pytest.raises(UserError, match=r"mixture\.line: no such kind of document; known: lines, unfinished"):
+        BaseCorpus(problems, problems, {"line": 1.0})
+
+
+def test_a_model_without_a_chat_form_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no chat form is written for 'tiny-r2'; known: tiny-r1"):
+        build("tiny-r2", [], tmp_path)
+
+
 def test_a_family_without_a_solver_is_refused():
     with pytest.raises(UserError, match=r"families\.gcd: no solver is written for it; known: chain_sum"):
         WorkedProblems({"gcd": {}}, 0)
