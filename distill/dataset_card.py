@@ -1,7 +1,7 @@
 """dataset/README.md: what the rows are, where they come from, what was left out, and how to check it.
 
-Holds nothing that differs between two runs with the same outcome (no times, no paths), since students are
-trained anew when the dataset folder changes.
+Holds nothing that differs between two runs with the same outcome (no times, no paths), so that equal datasets are
+equal folders. Students depend on the rows alone: another card trains none anew.
 """
 
 from collections.abc import Mapping, Sequence
