@@ -69,7 +69,7 @@ def _train_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
 
 
 def _eval_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
-    settings = recipe.evals.model_dump(exclude={"batch_size", "bootstrap"})
+    settings = [recipe.evals.model_dump(exclude={"batch_size", "bootstrap"}), recipe.sampling.instruction]
     bases = [_model_hash(student.base) for student in recipe.students]
     return [recipe.seed, settings, _teacher_hash(recipe), bases, _students_hash(run), _hash(run, "eval_problems.jsonl")]
 

@@ -8,7 +8,6 @@ the one its user has read.
 """
 
 import difflib
-import glob
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,14 +45,6 @@ def source_rows(source: ProblemSource, field: str) -> Iterator[tuple[str, Row]]:
     if path.is_file():
         raise UserError(f"{path}: expected the name to end in {', '.join(_FILE_SUFFIXES)} ({field}.source)")
     return _dataset_rows(source, field)
-
-
-def source_files(source: ProblemSource) -> list[Path]:
-    """The local files that the source reads, for a run's input hashes; empty for generated and hub sources."""
-    path = Path(source.source)
-    if path.is_file():
-        return [path]
-    return sorted(p for p in map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)) if p.is_file())
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:

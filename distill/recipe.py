@@ -180,9 +180,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_differ(self) -> "Recipe":
         names = [student.name for student in self.students]
+        # Folders of a student's training and of its baseline, and its baselines' files of samples.
+        ends = (".partial", "-answers_only", "-answers_only.partial", ".base", ".answers_only")
+        taken = {name + end: name for name in names for end in ends}
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two students are named {name!r}; each needs its own folder")
             if name == "teacher":
                 raise ValueError("a student cannot be named 'teacher'; the report uses that name")
+            if name in taken:
+                raise ValueError(f"a student cannot be named {name!r} beside {taken[name]!r}, whose file that is")
         return self

@@ -138,6 +138,8 @@ def test_override_of_an_aliased_section_touches_one_place_only(tmp_path):
         ("name=", r"name: should be a valid string, found nothing"),
         ("students.1.name=one", r"two students are named 'one'"),
         ("students.1.name=teacher", r"cannot be named 'teacher'"),
+        ("students.1.name=one-answers_only", r"cannot be named 'one-answers_only' beside 'one'"),
+        ("students.1.name=one.base", r"cannot be named 'one.base' beside 'one'"),
         ("evals.problems=null", r"task 'distill_problems' needs `problems`"),
         ("problems.source=reasoning-gym", r"needs at least one entry in `families`"),
         ("students.7.epochs=1", r"students is a list, so expected an index from 0 to 1, found '7'"),
