@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -42,11 +43,16 @@ def read_jsonl(path: Path | str, *, torn_ok: bool = False) -> Iterator[tuple[int
 
 def _parse(line: bytes, place: str) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())  # else the column of what is missing at the end would be the next line's
     except UnicodeDecodeError:
         raise UserError(f"{place}: the line is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: the line is not valid JSON ({error.msg} at column {error.colno})") from None
+    except ValueError:
+        most = sys.get_int_max_str_digits()
+        raise UserError(
+            f"{place}: the line has a whole number of more than {most} digits, expected it as text"
+        ) from None
     except RecursionError:
         raise UserError(f"{place}: the line is not valid JSON (nested too deeply)") from None
     if not isinstance(row, dict):

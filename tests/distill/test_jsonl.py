@@ -106,6 +106,8 @@ def test_reader_may_pass_over_a_torn_tail(tmp_path):
     ("line", "message"),
     [
         (b"{bad}\n", r"rows\.jsonl:3: the line is not valid JSON \(.* at column \d+\)"),
+        (b'{"a": \n', r"rows\.jsonl:3: the line is not valid JSON \(Expecting value at column 6\)"),
+        (b'{"a": ' + b"9" * 5000 + b"}\n", r"rows\.jsonl:3: the line has a whole number of more than 4300 digits"),
         (b"[1, 2]\n", r"rows\.jsonl:3: expected a JSON object, found list"),
         (b'{"a": "\xff"}\n', r"rows\.jsonl:3: the line is not UTF-8 text"),
         (b"[" * 200_000 + b"\n", r"rows\.jsonl:3: the line is not valid JSON"),

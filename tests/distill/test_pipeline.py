@@ -172,6 +172,32 @@ def test_somebody_else_s_files_are_taken_as_they_are(start, tmp_path):
     assert start(stages=["train"]) == ["train"]
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("tiny-quen", r"students\.1\.base: no model 'tiny-quen'; did you mean 'tiny-qwen'\?"),
+        ("/nowhere/model", r"students\.1\.base: /nowhere/model: no such checkpoint folder"),
+        ("FILE", r"students\.1\.base: .*/model: is a file, expected a checkpoint folder"),
+        ("FOLDER", r"students\.1\.base: .*: no tokenizer"),
+    ],
+)
+def test_a_base_that_is_not_there_is_told_before_the_teacher_works(start, ran, tmp_path, base, message):
+    (tmp_path / "model").write_text("x")
+    base = {"FILE": str(tmp_path / "model"), "FOLDER": str(tmp_path)}.get(base, base)
+    with pytest.raises(UserError, match=message):
+        start(f"students.1.base={base}")
+    assert ran == []
+    start(f"students.1.base={base}", stages=["problems", "traces"])
+    assert ran == ["problems", "traces"]
+
+
+@pytest.mark.parametrize("stage", ["filter", "train", "eval", "report"])
+def test_a_stage_alone_makes_no_folder_out_of_nothing(start, tmp_path, stage):
+    with pytest.raises(UserError, match=r"run: there is nothing to go on from; run `distill run`"):
+        start(stages=[stage], force=stage == "report")
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_all_returns_the_folder(tmp_path, ran):
     assert run_all(load_recipe("quickstart"), tmp_path / "run") == tmp_path / "run"
     assert ran == ORDER

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 from pathlib import Path
 
@@ -103,6 +104,9 @@ def test_answers_may_be_missing_on_purpose(tmp_path):
             r"p\.jsonl:1: the field 'answer' .* is a list, expected text or a number",
         ),
         ([{"problem": "a", "answer": True}], {}, "is a bool"),
+        ([{"problem": "a", "answer": math.nan}], {}, r"p\.jsonl:1: the field 'answer' .* is nan, expected"),
+        ([{"problem": "a", "answer": math.inf}], {}, r"p\.jsonl:1: the field 'answer' .* is inf, expected"),
+        ([{"problem": "a \ud800", "answer": "1"}], {}, r"p\.jsonl:1: the field 'problem' .* half a surrogate pair"),
         ([{"problem": "a", "x": [1]}], {"answer": "x.3"}, r"no field 'x\.3'"),
     ],
 )
@@ -134,6 +138,14 @@ def test_a_folder_without_data_is_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"problems\.source: `datasets` cannot load .*empty"):
         read(tmp_path / "empty")
+
+
+def test_a_folder_that_does_not_parse_says_why(tmp_path, capfd):
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "train.jsonl", [{"problem": "a", "answer": {"b": 1}}, {"problem": 1}, "{oops"])
+    with pytest.raises(UserError, match=r"problems\.source: `datasets` cannot load .*data': (?!An error occurred)"):
+        read(tmp_path / "data")
+    assert "Generating" not in capfd.readouterr().err
 
 
 def build(path, exclude=(), **fields):
