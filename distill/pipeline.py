@@ -4,6 +4,7 @@ A stage's inputs are the parts of the recipe it reads and the content of the fil
 filter re-filters and re-trains but leaves the traces, and an edited dataset re-trains.
 """
 
+import difflib
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from distill.files import sha256_json, sha256_tree
 from distill.progress import clock
 from distill.recipe import ProblemSource, Recipe
 from distill.runfolder import RunFolder
-from distill.shipped import resolve_model
+from distill.shipped import SHIPPED_MODELS, resolve_model
 
 Inputs = Callable[[Recipe, RunFolder], list[Any]]
 
@@ -143,10 +144,14 @@ def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: boo
     Raises UserError if an earlier stage is unfinished or was made from another recipe, or the folder is in use.
     """
     console = Console(stderr=True, highlight=False)
+    if "train" in names:
+        _check_bases(recipe)
+    order = [stage.name for stage in STAGES]
+    first = order.index(names[0])
+    if first and not any((folder / name).is_file() for stage in STAGES[:first] for name in stage.outputs(recipe)):
+        raise UserError(f"{folder}: there is nothing to go on from; run `distill run` with the same recipe first")
     with RunFolder.open(folder, recipe) as run:
         console.print(f"run {recipe.name} in {folder}", soft_wrap=True)
-        order = [stage.name for stage in STAGES]
-        first = order.index(names[0])
         for stage in STAGES[:first]:
             _require_complete(stage, recipe, run, needed=stage is STAGES[first - 1] and not force, fresh=not force)
         for stage in STAGES[first : first + len(names)]:
@@ -156,6 +161,21 @@ def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: boo
                 continue
             _run_stage(stage, inputs, recipe, run)
             console.print(f"{stage.name:<8}  done in {clock(run.manifest.stage(stage.name)['seconds'])}")
+
+
+def _check_bases(recipe: Recipe) -> None:
+    """Raise UserError for a base that is plainly not there: before the teacher's hours of work, not after."""
+    from students.pretrained import check_base
+
+    for index, student in enumerate(recipe.students):
+        base = resolve_model(student.base)
+        near = difflib.get_close_matches(str(base), SHIPPED_MODELS, n=1, cutoff=0.8) if isinstance(base, str) else []
+        if near:
+            raise UserError(f"students.{index}.base: no model '{base}'; did you mean '{near[0]}'?")
+        try:
+            check_base(base)
+        except ValueError as error:
+            raise UserError(f"students.{index}.base: {error}") from None
 
 
 def _run_stage(stage: Stage, inputs: str, recipe: Recipe, run: RunFolder) -> None:

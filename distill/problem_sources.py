@@ -9,6 +9,7 @@ the one its user has read.
 
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def _dataset_rows(source: ProblemSource, field: str) -> Iterator[tuple[str, Row]
     """Rows of a `datasets` folder or hub name; "name:config" picks a configuration ("openai/gsm8k:main")."""
     import datasets
 
+    datasets.disable_progress_bars()
     path, (name, _, config) = Path(source.source), source.source.partition(":")
     try:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -81,7 +83,9 @@ def _dataset_rows(source: ProblemSource, field: str) -> Iterator[tuple[str, Row]
         else:
             data = datasets.load_dataset(name, config or None)
     except Exception as error:  # the library raises its own, the hub's, arrow's and the parsers' errors here
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # "An error occurred while generating the dataset" hides what the parser said.
+        cause = error.__cause__ or error
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise UserError(f"{field}.source: `datasets` cannot load '{source.source}': {reason}") from error
     if isinstance(data, datasets.DatasetDict):
         if source.split is None and len(data) > 1:
@@ -125,6 +129,13 @@ def _text(row: Row, name: str, place: str, field: str) -> str | None:
     value = _lookup(row, name, place, field)
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{place}: the field '{name}' ({field}) is {value}, expected text or a finite number")
+    if isinstance(value, str) and (lone := re.search("[\ud800-\udfff]", value)):
+        raise UserError(
+            f"{place}: the field '{name}' ({field}) holds half a surrogate pair ({lone.group()!a}), "
+            "which no tokenizer reads; expected Unicode text"
+        )
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):

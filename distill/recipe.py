@@ -12,7 +12,7 @@ R1_INSTRUCTION = "Please reason step by step, and put your final answer within \
 
 class Section(BaseModel):
     # Strict: a recipe is written by hand, and "3" where a number belongs is more often a slip than a wish.
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ProblemSource(Section):
@@ -23,7 +23,7 @@ class ProblemSource(Section):
         None,
         description="reasoning-gym: 'train' or 'heldout' (a tenth by text hash); else a `datasets` split.",
     )
-    count: int | None = Field(None, ge=1, description="Problems to take; all of a file if not given.")
+    count: int | None = Field(None, ge=1, le=10**9, description="Problems to take; all of a file if not given.")
     seed: int = Field(
         0, ge=0, description="Seed of the generated problems, and of the choice of `count` from a larger source."
     )

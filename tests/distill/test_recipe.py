@@ -129,6 +129,8 @@ def test_override_of_an_aliased_section_touches_one_place_only(tmp_path):
         ("sampling.samples=0", r"sampling\.samples: should be greater than or equal to 1, found a number 0"),
         ("sampling.top_p=1.5", r"sampling\.top_p: should be less than or equal to 1, found a number 1\.5"),
         ("sampling.temperature=.nan", r"sampling\.temperature: .*found a number nan"),
+        ("students.0.weight_decay=.inf", r"students\.0\.weight_decay: should be a finite number, found a number inf"),
+        ("problems.count=1000000000000", r"problems\.count: should be less than or equal to 1000000000"),
         ("selection.validation_fraction=1.0", r"should be less than 1,"),
         ("students.0.method=lor", r"students\.0\.method: should be 'full' or 'lora', found text 'lor'"),
         ("students=[]", r"students: should have at least 1 item"),
