@@ -38,11 +38,17 @@ def _finish(runs: Path) -> str:
 
 def _kill_in(stage: str, runs: Path, delay: float) -> None:
     """Start the run and kill it, with all its children, some time after `stage` began."""
-    process = _start(runs)
     manifest = runs / "quickstart" / "manifest.json"
+
+    def attempts() -> int:
+        stages = json.loads(manifest.read_bytes())["stages"] if manifest.exists() else {}
+        return stages.get(stage, {}).get("attempts", 0)
+
+    earlier = attempts()  # an earlier kill has left the stage's entry behind
+    process = _start(runs)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
-        if manifest.exists() and stage in json.loads(manifest.read_bytes())["stages"]:
+        if attempts() > earlier:
             time.sleep(delay)
             break
         time.sleep(0.02)
