@@ -123,9 +123,9 @@ Pretrained from seed {config.seed} by `distill base train configs/students/{conf
 
 Documents of each kind: {shares}.
 
-It has seen no problem solved from statement to answer but the much smaller ones (where the ranges below overlap, such as
-one-digit sums, these are also the smallest of the full-size ones); no chat form, `<think>` tags or boxed answers; and
-nothing of the one problem in ten that is held out (`distill.identity.held_out`).
+It has seen no problem solved from statement to answer but the much smaller ones (where the ranges below overlap, such
+as one-digit sums, these are also the smallest of the full-size ones); no chat form, `<think>` tags or boxed answers;
+and nothing of the one problem in ten that is held out (`distill.identity.held_out`).
 
 Full-size problems:
 

@@ -101,7 +101,7 @@ class WorkedProblems:
 
 @dataclass(frozen=True)
 class BaseCorpus:
-    """Plain-text documents that a student base is pretrained on: pieces of working, and whole solutions of `small` only.
+    """Plain-text documents that a student base is pretrained on: pieces of working, whole solutions of `small` only.
 
     `weights` has the kinds' shares; UserError for a kind that is none of these:
 
