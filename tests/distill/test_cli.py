@@ -94,7 +94,10 @@ def test_missing_training_configuration(app, tmp_path):
 
 @pytest.mark.parametrize(("command", "stage"), [("filter", "traces"), ("train", "filter"), ("eval", "train")])
 def test_a_stage_needs_the_one_before(command, stage, tmp_path):
-    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    folder = tmp_path / "runs" / "quickstart"
+    folder.mkdir(parents=True)
+    assert_one_line_error(distill(command, "quickstart", cwd=tmp_path), 2, "there is nothing to go on from")
+    (folder / "problems.jsonl").write_text("")
     result = distill(command, "quickstart", cwd=tmp_path)
     assert result.returncode == 2
     assert f"stage '{stage}' has not been run; run `distill" in result.stderr
