@@ -21,6 +21,7 @@ from distill.recipe import Recipe, Student, Teacher
 from distill.records import Ask as TeacherAsk
 from distill.shipped import resolve_model
 from distill.training_jobs import cores
+from evals.grading.extract import THINK_OPEN
 
 if TYPE_CHECKING:
     from distill.progress import Progress
@@ -155,20 +156,30 @@ def _is_small(weights: Path | str) -> bool:
 
 
 class _TeacherBackend:
-    """The traces stage's teacher as an evals backend. Its prompt is the chat itself, as any kind of teacher takes."""
+    """The traces stage's teacher as an evals backend. Its prompt is the chat itself, as any kind of teacher takes.
+
+    The `<think>` behind it says what a teacher's template does: what is generated begins with reasoning.
+    """
 
     def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        return json.dumps(messages, ensure_ascii=False)
+        return json.dumps(messages, ensure_ascii=False) + THINK_OPEN
 
     def generate(self, asks: Iterable[Ask]) -> Iterator[Answer]:
         from distill.traces import open_teacher
         from evals.lm import Answer
 
         wanted = [
-            TeacherAsk(ask.id, json.loads(ask.prompt), ask.temperature, ask.top_p, ask.max_tokens, ask.seed)
+            TeacherAsk(
+                ask.id,
+                json.loads(ask.prompt.removesuffix(THINK_OPEN)),
+                ask.temperature,
+                ask.top_p,
+                ask.max_tokens,
+                ask.seed,
+            )
             for ask in asks
         ]
         for reply in open_teacher(self._teacher).generate(wanted):

@@ -20,6 +20,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from evals.grading import Grade, grade
+from evals.grading.extract import THINK_OPEN
 from evals.sampling import seed_of
 
 if TYPE_CHECKING:
@@ -152,7 +153,9 @@ class SamplingLM(LM):
                 known["id"], prompt, sampling["temperature"], sampling["top_p"], sampling["max_tokens"],
                 seed_of(self.seed, str(task), known["problem_id"], sample),
             )  # fmt: skip
-            planned.append((ask, known | {"_answer": doc["answer"], "_kind": doc["kind"]}, until))
+            thinking = prompt.rstrip().endswith(THINK_OPEN)
+            known |= {"_answer": doc["answer"], "_kind": doc["kind"], "_thinking": thinking}
+            planned.append((ask, known, until))
         return planned
 
     def _sample(self, asks: list[Ask], meaning: Mapping[str, tuple[Row, list[str]]]) -> Iterator[Row]:
@@ -174,7 +177,9 @@ class SamplingLM(LM):
                 for answer in self.backend.generate(asks):
                     known, until = meaning[answer.id]
                     text = postprocess_generated_text(answer.text, until, None) if until else answer.text
-                    grading.append((answer, text, graders.submit(grade, text, known["_answer"], known["_kind"])))
+                    # Where the prompt opened the thinking, a box counts only once the thinking is closed.
+                    whole = f"{THINK_OPEN}\n{text}" if known["_thinking"] else text
+                    grading.append((answer, text, graders.submit(grade, whole, known["_answer"], known["_kind"])))
                     if time.monotonic() - last_flush >= FLUSH_SECONDS:
                         yield from flush(everything=False)
                         last_flush = time.monotonic()

@@ -91,6 +91,22 @@ def test_a_cut_off_answer_is_never_correct_and_no_answer_is_counted(tmp_path):
     assert result.rows[0]["verdict"] == "correct"  # what the grader said of the text stays visible
 
 
+def test_a_box_inside_thinking_that_never_closes_is_no_answer(tmp_path):
+    class Opening(FunctionBackend):
+        def render(self, messages):
+            return super().render(messages) + "\n<think>\n"
+
+    def unclosed(ask):
+        return Answer(ask.id, right(ask).text.replace("</think>", ""), "stop", 5, 0.0)
+
+    path = write_problems(tmp_path / "p.jsonl")
+    means = [
+        evaluate(backend, problems=path, **SETTINGS).metrics["distill_problems"]["mean@k"]
+        for backend in (Opening(unclosed), Opening(right), FunctionBackend(unclosed))
+    ]
+    assert means == [0.0, 1.0, 1.0]  # a template that opens no thinking leaves the whole text as the answer
+
+
 def test_finished_samples_are_not_asked_again_and_everything_else_is(tmp_path):
     problems = write_problems(tmp_path / "p.jsonl")
     full = evaluate(FunctionBackend(right), problems=problems, **SETTINGS).rows
