@@ -22,15 +22,21 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises UserError naming the file and the field.
     """
     path = find_recipe(path_or_name)
-    tree = parse_yaml(path.read_bytes(), str(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping with the recipe's keys, found {_kind(tree)}")
-    for override in overrides:
-        apply_override(tree, override)
+    tree = read_tree(path, overrides, "the recipe's keys")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{_culprit(error, overrides) or path}: {explain(error, Recipe)}") from None
+
+
+def read_tree(path: Path, overrides: Sequence[str], keys: str) -> dict[str, Any]:
+    """A YAML file's mapping with the overrides applied; `keys` says what it should hold. Raises UserError."""
+    tree = parse_yaml(path.read_bytes(), str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping with {keys}, found {_kind(tree)}")
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
 
 
 def _culprit(error: ValidationError, overrides: Sequence[str]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill.errors import UserError
-from distill.recipe_load import apply_override, explain, parse_yaml
+from distill.recipe_load import explain, read_tree
 from distill.shipped import resolve_config
 
 Families = dict[str, dict[str, Any]]
@@ -55,11 +55,7 @@ def load_training_config(path: str | Path, overrides: Sequence[str], model: type
         raise UserError(
             f"{path}: no such training configuration; expected a YAML file such as configs/teacher/tiny-r1.yaml"
         )
-    tree = parse_yaml(found.read_bytes(), str(found))
-    if not isinstance(tree, dict):
-        raise UserError(f"{found}: expected a mapping with the configuration's keys, found {type(tree).__name__}")
-    for override in overrides:
-        apply_override(tree, override)
+    tree = read_tree(found, overrides, "the configuration's keys")
     try:
         return model.model_validate(tree)
     except ValidationError as error:
