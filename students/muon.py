@@ -1,8 +1,8 @@
 """Muon for the weight matrices of a dense model, AdamW for embeddings, head and norms, as one optimizer.
 
 Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024); scaled to AdamW's update size as in
-"Muon is scalable for LLM training" (arXiv 2502.16982), so that both parts share one learning rate. Pretraining the
-shipped bases with it takes about half the tokens that AdamW takes.
+"Muon is scalable for LLM training" (arXiv 2502.16982), so that both parts share one learning rate. It needs fewer
+tokens than AdamW: docs/tiny-models.md has the trials.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024); scaled to AdamW's update size and with
 decoupled weight decay as in "Muon is scalable for LLM training" (arXiv 2502.16982, eq. 4), which trained a
-DeepSeek-V3-shaped MoE with it. It is here because tiny-r1 reaches with 9M tokens what AdamW had not reached with 16M.
+DeepSeek-V3-shaped MoE with it. It is here because it needs fewer tokens: docs/tiny-models.md has the trials.
 torch.optim.Muon takes single matrices only; the experts of a layer are one stacked parameter, so this one is batched.
 """
 
