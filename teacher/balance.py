@@ -52,7 +52,10 @@ class LoadBalance:
         return max_violation(loads_LE)
 
     def sequence_loss(self, routings: list[Routing], segment_ids_BT: torch.Tensor) -> torch.Tensor:
-        """V3's sequence-wise loss without alpha, summed over the examples of a forward, averaged over layers."""
+        """V3's sequence-wise loss without alpha, summed over the examples and the layers of a forward.
+
+        Every layer adds its own, as in the code that DeepSeek released with its models: alpha is a layer's.
+        """
         rows_B1 = torch.arange(len(segment_ids_BT), device=segment_ids_BT.device).unsqueeze(1)
         most = int(segment_ids_BT.max())
         total = torch.zeros((), device=segment_ids_BT.device)
@@ -61,7 +64,7 @@ class LoadBalance:
             sequence_N = torch.where(segments_BT > 0, rows_B1 * most + segments_BT - 1, -1).flatten()
             top_k = routing.indices_NK.shape[1]
             total = total + sequence_balance_loss(routing.scores_NE, top_k, sequence_N, len(rows_B1) * most)
-        return total / max(1, len(routings))
+        return total
 
 
 def _segments(segment_ids_BT: torch.Tensor, depth: int) -> torch.Tensor:

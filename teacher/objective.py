@@ -1,8 +1,10 @@
 """What one micro-batch adds to a step: next-token loss, multi-token-prediction loss, balance loss, and their figures.
 
 L = mean CE + lambda / D * sum over depths of mean CE of the k-th MTP module (DeepSeek-V3 eq. 24-25)
-    + alpha * mean over examples of the sequence-wise balance loss (eq. 17), each mean over the whole step:
-so losses are sums here, divided by the step's counts, and gradients of micro-batches simply add up.
+    + alpha * mean over examples of the sequence-wise balance loss (eq. 17), summed over layers.
+
+Each mean is over the whole step: so losses are sums here, divided by the step's counts, and gradients of micro-batches
+simply add up.
 
 Legend: B rows, T positions, D hidden size.
 """
@@ -79,5 +81,5 @@ class Objective:
         if self.balance_loss > 0:
             share = balance.sequence_loss(out.routing, segments_BT) / len(step.indices)
             loss = loss + self.balance_loss * share
-            figures["balance_loss"] = share.detach()
+            figures["balance_loss"] = share.detach() / max(1, len(out.routing))  # a layer's: 1 is balance
         return loss, Part(figures, balance.loads(out.routing, segments_BT))
