@@ -28,6 +28,6 @@ def load_model(
     `dtype` defaults to the dtype of the checkpoint (fp32 for fresh weights). Raises ValueError naming what is wrong
     with the folder. torch is imported only here, so that `import teacher` costs nothing.
     """
-    from teacher.checkpoint import load_checkpoint
+    from teacher.checkpoint_read import load_checkpoint
 
     return load_checkpoint(source, dtype, device)

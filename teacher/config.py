@@ -18,6 +18,9 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
 }
+_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
+# Two names of one field; a file may have both if they agree.
+_SAME = (("num_nextn_predict_layers", "num_mtp_layers"), ("dtype", "torch_dtype"))
 _ROPE_KEYS = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
     "mscale", "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor",
@@ -96,6 +99,14 @@ class DeepseekV3Config:
             "num_experts_per_tok", self.num_experts_per_tok,
             f"at most the {self.topk_group * group_size} experts of topk_group groups",
         )  # fmt: skip
+        for name in ("rope_theta", "rms_norm_eps", "routed_scaling_factor", "initializer_range"):
+            value = getattr(self, name)
+            _require(type(value) in (int, float) and value > 0, name, value, "a positive number")
+        for name in ("norm_topk_prob", "attention_bias", "rope_interleave"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        _require(self.dtype in _DTYPES, "dtype", self.dtype, f"one of {', '.join(map(str, _DTYPES[1:]))}")
+        settings = self.quantization_config
+        _require(settings is None or isinstance(settings, dict), "quantization_config", settings, "an object or null")
         _check_rope_scaling(self.rope_scaling)
 
     @property
@@ -138,6 +149,9 @@ class DeepseekV3Config:
         _require(found == "deepseek_v3", "model_type", found, "'deepseek_v3'")
         for name, expected in _FIXED.items():
             _require(fields.get(name, expected) in (expected, None), name, fields.get(name), repr(expected))
+        for name, other in _SAME:
+            if fields.get(name) is not None and fields.get(other) is not None:
+                _require(fields[name] == fields[other], name, fields[name], f"{other} ({fields[other]!r})")
         known = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
         if "num_nextn_predict_layers" not in fields and "num_mtp_layers" in fields:
             known["num_nextn_predict_layers"] = fields["num_mtp_layers"]
@@ -145,12 +159,17 @@ class DeepseekV3Config:
         # transformers 5 writes one `rope_parameters` with theta inside; DeepSeek writes rope_theta and rope_scaling.
         rope = fields.get("rope_parameters") or fields.get("rope_scaling")
         _require(rope is None or isinstance(rope, dict), "rope_scaling", rope, "an object or null")
+        _check_rope_agreement(fields)
         if rope is not None:
             rope = dict(rope)
             known["rope_theta"] = rope.pop("rope_theta", known.get("rope_theta", 10000.0))
             rope_type = rope.pop("rope_type", rope.get("type", "default"))
             known["rope_scaling"] = None if rope_type == "default" else rope | {"type": rope_type}
-        return cls(**known)
+        config = cls(**known)
+        for name, value in (("qk_head_dim", config.qk_head_dim), ("head_dim", config.qk_rope_head_dim)):
+            found = fields.get(name)  # transformers writes these two, which follow from others
+            _require(found in (None, value), name, found, f"{value}, as the other head dimensions have it")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a config.json that DeepSeek's code, transformers 4 and 5, vLLM and SGLang all read."""
@@ -189,6 +208,20 @@ def _check_rope_scaling(rope: dict[str, Any] | None) -> None:
     unknown = sorted(set(rope) - _ROPE_KEYS)
     _require(not unknown, "rope_scaling", unknown, "only YaRN's keys")
     _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "rope_scaling.partial_rotary_factor", rope, "1.0")
+
+
+def _check_rope_agreement(fields: dict[str, Any]) -> None:
+    """That transformers' `rope_parameters` says what DeepSeek's `rope_theta` and `rope_scaling` beside it say."""
+    parameters, scaling = fields.get("rope_parameters"), fields.get("rope_scaling")
+    if not isinstance(parameters, dict):
+        return
+    beside = dict(scaling) if isinstance(scaling, dict) else {}
+    if "type" in beside:
+        beside.setdefault("rope_type", beside["type"])
+    beside["rope_theta"] = fields.get("rope_theta", beside.get("rope_theta"))
+    for name in sorted(set(parameters) & set(beside)):
+        expected = f"what is stated beside it ({beside[name]!r})"
+        _require(beside[name] in (None, parameters[name]), f"rope_parameters.{name}", parameters[name], expected)
 
 
 def _require(condition: bool, field: str, found: Any, expected: str) -> None:

@@ -161,8 +161,13 @@ class DeepseekV3(nn.Module):
             x_BH = layer.decode(x_BH, cos_BD, sin_BD, cache_BMC, position_B, bias_BS)
         return self.lm_head(self.model.norm(x_BH))
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and safetensors that transformers and vLLM load; `dtype` converts the matrices."""
-        from teacher.checkpoint import save_checkpoint
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None, *, fp8: bool = False) -> None:
+        """Write config.json and safetensors that transformers and vLLM load.
 
-        save_checkpoint(self, folder, dtype)
+        `dtype` converts the weights (DeepSeek ships bf16). `fp8` writes the projections of attention and feed-forward
+        in block FP8 as DeepSeek-V3's checkpoint does (`teacher.fp8`), the rest in `dtype`. Raises ValueError naming
+        the tensor if one holds values that FP8 cannot store, OSError if the disk is full.
+        """
+        from teacher.checkpoint_write import save_checkpoint
+
+        save_checkpoint(self, folder, dtype, fp8=fp8)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from teacher import load_model
-from teacher.checkpoint import INDEX, save_checkpoint
+from teacher.checkpoint import INDEX
+from teacher.checkpoint_write import save_checkpoint
 from tests.tiny import deepseek_config
 
 WEIGHTS = "model.safetensors"

@@ -69,6 +69,18 @@ def test_round_trip_through_transformers(tmp_path, rope_scaling):
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.type is 'linear'"),
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 64}}, "rope_scaling.factor is None"),
         ({"rope_scaling": 4}, "rope_scaling is 4"),
+        ({"torch_dtype": "float33"}, "dtype is 'float33'; expected one of float32"),
+        ({"torch_dtype": 16}, "dtype is 16"),
+        ({"torch_dtype": "bfloat16", "dtype": "float16"}, "dtype is 'float16'; expected torch_dtype ('bfloat16')"),
+        ({"num_mtp_layers": 2}, "num_nextn_predict_layers is 1; expected num_mtp_layers (2)"),
+        ({"qk_head_dim": 128}, "qk_head_dim is 128; expected 192"),
+        ({"head_dim": 192}, "head_dim is 192; expected 64"),
+        ({"rope_parameters": R1["rope_scaling"] | {"rope_theta": 1e6}}, "rope_parameters.rope_theta is 1000000.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_parameters.factor is 4; expected what is"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'; expected a positive number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; expected a positive number"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes'; expected true or false"),
+        ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; expected an object or null"),
     ],
 )
 def test_wrong_field_is_named(tmp_path, changes, message):
