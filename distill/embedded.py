@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +15,25 @@ from distill.shipped import resolve_model
 if TYPE_CHECKING:
     from distill.recipe import Teacher
     from teacher.engine import Completion
+    from teacher.model import DeepseekV3
 
 # What decides the text that a model folder generates; its README and training logs do not.
 _IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 
 
-def teacher_folder(model: str) -> Path:
-    """The model's folder. Raises UserError if there is none or it lacks what an embedded teacher needs."""
+def teacher_folder(model: str, field: str = "teacher.model") -> Path:
+    """The model's folder. Raises UserError if there is none or it lacks what an embedded teacher needs.
+
+    `field` is what the user calls the setting that holds `model`.
+    """
     found = resolve_model(model)
     folder = Path(found)
     if not folder.is_dir():
-        raise UserError(f"teacher.model: '{model}' is neither a folder nor a shipped model")
+        raise UserError(f"{field}: '{model}' is neither a folder nor a shipped model")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json; expected a model folder (teacher.model)")
+        raise UserError(f"{folder}: no config.json; expected a model folder ({field})")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{folder}: no tokenizer.json; the teacher's folder needs its tokenizer (teacher.model)")
+        raise UserError(f"{folder}: no tokenizer.json; the teacher's folder needs its tokenizer ({field})")
     return folder
 
 
@@ -55,30 +60,46 @@ def teacher_licence(model: str) -> str | None:
     return str(header["license"]) if isinstance(header, dict) and "license" in header else None
 
 
+@dataclass(frozen=True)
+class OpenModel:
+    """A model folder, loaded."""
+
+    folder: Path
+    model: "DeepseekV3"
+    tokenizer: Any
+    stop_ids: tuple[int, ...]  # what ends a completion
+
+
+def open_model(model: str, dtype: str | None = None, device: str = "cpu", field: str = "teacher.model") -> OpenModel:
+    """Load a teacher's folder; dtype None: the checkpoint's. Raises ValueError naming what is wrong with it."""
+    from transformers import AutoTokenizer
+
+    from teacher import load_model
+
+    folder = teacher_folder(model, field)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: the tokenizer does not load: {str(error).splitlines()[0]}") from error
+    weights = load_model(folder, dtype=dtype, device=device)
+    if len(tokenizer) > weights.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {weights.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return OpenModel(folder, weights, tokenizer, _stop_ids(folder, tokenizer))
+
+
 class EmbeddedTeacher:
     """A loaded model with its tokenizer and engine; see distill.records.TeacherBackend."""
 
     def __init__(self, teacher: "Teacher") -> None:
-        from transformers import AutoTokenizer
-
-        from teacher import load_model
-
-        folder = teacher_folder(teacher.model)
+        opened = open_model(teacher.model, teacher.dtype)
+        if not opened.tokenizer.chat_template:
+            raise UserError(f"{opened.folder}: the tokenizer has no chat template, so the teacher cannot be asked")
         self.id = teacher_id(teacher.model)
         self.batch_size = teacher.batch_size
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder}: the tokenizer does not load: {str(error).splitlines()[0]}") from error
-        if not self.tokenizer.chat_template:
-            raise UserError(f"{folder}: the tokenizer has no chat template, so the teacher cannot be asked")
-        self.model = load_model(folder, dtype=teacher.dtype)
-        if len(self.tokenizer) > self.model.config.vocab_size:
-            raise UserError(
-                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, the model only "
-                f"{self.model.config.vocab_size}; they do not belong together"
-            )
-        self.stop_ids = _stop_ids(folder, self.tokenizer)
+        self.model, self.tokenizer, self.stop_ids = opened.model, opened.tokenizer, opened.stop_ids
 
     def generate(self, asks: Iterable[Ask]) -> Iterator[Reply]:
         """Replies as they finish. A prompt that fills the model's context is answered 'prompt_too_long'."""
