@@ -6,7 +6,7 @@ A token may hold part of a character, and text may be the beginning of a stop st
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ class TextStream:
             raise ValueError("a stop string is empty; expected at least one character")
         self._decoder = _decoder(tokenizer)
         self._searches = [_Search(text) for text in sorted(set(stop), key=len, reverse=True)]
+        self._firsts = {text[0] for text in stop}
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self._shown: list[str] = []
         self.stop_text: str | None = None  # the stop string that ended the text
@@ -58,6 +59,8 @@ class TextStream:
         if not self._searches:
             return text
         held = self._held + text
+        if not self._held and self._firsts.isdisjoint(text):
+            return text
         for place, character in enumerate(text, start=len(self._held) + 1):
             for search in self._searches:
                 if search.complete_with(character):
@@ -101,33 +104,46 @@ class _Decoder(Protocol):
     def finish(self) -> str: ...
 
 
-def _decoder(tokenizer: Any) -> _Decoder:
-    """By bytes where the tokenizer is byte-level, as DeepSeek's, Llama 3's and Qwen's are; else by decoding anew."""
-    from tokenizers import decoders
-
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(getattr(backend, "decoder", None), decoders.ByteLevel):
-        return _DecodeAnew(tokenizer)
-    cache = _bytes_of.setdefault(tokenizer, {})
-    return _ByBytes(cache, backend.id_to_token)
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes that one token stands for; they need not be valid UTF-8 alone. An id that is no token is nothing."""
+    known = _bytes_of.setdefault(tokenizer, {})
+    found = known.get(token)
+    if found is None:
+        if _is_byte_level(tokenizer):
+            found = _bytes_named(tokenizer.backend_tokenizer.id_to_token(token))
+        else:
+            found = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False).encode()
+        known[token] = found
+    return found
 
 
 # Bytes of the tokens seen so far, by tokenizer: all requests share them, and only what is used is looked up.
 _bytes_of: WeakKeyDictionary[Any, dict[int, bytes]] = WeakKeyDictionary()
 
 
+def _decoder(tokenizer: Any) -> _Decoder:
+    """By bytes where the tokenizer is byte-level, as DeepSeek's, Llama 3's and Qwen's are; else by decoding anew."""
+    return _ByBytes(tokenizer) if _is_byte_level(tokenizer) else _DecodeAnew(tokenizer)
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    from tokenizers import decoders
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return isinstance(getattr(backend, "decoder", None), decoders.ByteLevel)
+
+
 class _ByBytes:
     """A byte-level tokenizer's text is the tokens' bytes, one after the other, read as UTF-8."""
 
-    def __init__(self, cache: dict[int, bytes], token_text: Callable[[int], str | None]) -> None:
-        self._cache, self._token_text = cache, token_text
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known = _bytes_of.setdefault(tokenizer, {})
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(self, token: int) -> str:
-        found = self._cache.get(token)
-        if found is None:
-            found = self._cache[token] = _token_bytes(self._token_text(token))
-        return self._utf8.decode(found)
+        found = self._known.get(token)
+        return self._utf8.decode(token_bytes(self._tokenizer, token) if found is None else found)
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -156,9 +172,9 @@ class _DecodeAnew:
         return new
 
 
-def _token_bytes(text: str | None) -> bytes:
+def _bytes_named(text: str | None) -> bytes:
     """The bytes that a byte-level token stands for: its characters name them, unless one is outside their alphabet, as
-    in `<｜User｜>`: such a token is its own text. An id that is no token is nothing."""
+    in `<｜User｜>`: such a token is its own text."""
     if text is None:
         return b""
     try:

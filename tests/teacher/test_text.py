@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher.text import TextStream
+from teacher.text import TextStream, token_bytes
 from tests import tiny
 
 DATA = Path(os.environ.get("DISTILL_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -78,6 +78,15 @@ def test_any_tokens_give_what_decode_gives(name):
         assert stream.tokens == len(ids)
 
     holds()
+
+
+@pytest.mark.parametrize("name", ["bytes", "tiny-r1", *REAL, "sentencepiece"])
+def test_the_bytes_of_one_token(name):
+    for token in range(0, len(tokenizer(name)), 1 + len(tokenizer(name)) // 1000):
+        assert token_bytes(tokenizer(name), token).decode(errors="replace") == decoded(name, [token])
+    if name != "sentencepiece":
+        half = tokenizer(name)("—", add_special_tokens=False)["input_ids"]
+        assert b"".join(token_bytes(tokenizer(name), token) for token in half) == "—".encode()
 
 
 @pytest.mark.parametrize("name", ["bytes", "tiny-r1", *REAL])
