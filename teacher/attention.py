@@ -2,11 +2,13 @@
 
 DeepSeek-V2 arXiv 2405.04434 section 2.1; DeepSeek-V3 section 2.1.1 (eq. 1-11).
 
-Shapes: B batch, T query tokens, S cached tokens, H heads, N = qk_nope_head_dim, D = qk_rope_head_dim, V = v_head_dim,
-R = kv_lora_rank, C = R + D the cached latent, K = N + D.
+Shapes: B batch, T query tokens, S tokens of context, H heads, N = qk_nope_head_dim, D = qk_rope_head_dim,
+V = v_head_dim, R = kv_lora_rank, C = R + D the cached latent, K = N + D, P places in the cache.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,17 @@ from teacher.rope import rotate, softmax_scale
 from teacher.segments import Packing
 
 
+class CacheView(NamedTuple):
+    """Where the tokens of one call lie in one layer's cache."""
+
+    cache_PC: Tensor  # a token a row
+    write_BT: Tensor  # the place of each new token; padding is written to a place that nobody reads
+    read_BS: Tensor  # the place of each position from 0 on
+    bias_BTS: Tensor  # 0 where a new token sees a position, else -inf
+
+
 class MultiHeadLatentAttention(nn.Module):
-    """One layer of MLA. `forward` expands keys and values (training, prefill); `decode` stays in the latent space."""
+    """One layer of MLA: `forward` without a cache (training, scoring), `extend` with one."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
@@ -79,31 +90,44 @@ class MultiHeadLatentAttention(nn.Module):
         out_BHTV = scaled_dot_product(q, k, v_BTHV.transpose(1, 2), packing, self.scale)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), latent_BTC
 
-    def decode(self, x_BH: Tensor, cos_BD: Tensor, sin_BD: Tensor, cache_BSC: Tensor, bias_BS: Tensor) -> Tensor:
-        """One new token a row against its cached latents, which already hold the token's own (see `latents`).
+    def extend(self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, view: CacheView, absorbed: bool) -> Tensor:
+        """New tokens of sequences whose earlier latents are cached; stores theirs. Returns (B, T, hidden).
 
-        kv_b_proj is absorbed (V2 section 2.1.2): its key half is applied to the query, its value half to the attended
-        latent, so that keys and values are never rebuilt and all heads read the same cache entry. Returns (B, hidden).
+        `absorbed` (V2 section 2.1.2): kv_b_proj's key half is applied to the query and its value half to the attended
+        latent, so that keys and values are never rebuilt and all heads read one cache entry: right for decoding, where
+        a token looks at many. Otherwise keys and values of the context are rebuilt once for all T tokens, which costs
+        fewer products when T is large: right for prefill.
         """
         config = self.config
         heads, rank = config.num_attention_heads, config.kv_lora_rank
-        q_nope_B1HN, q_rope_B1HD = self.queries(x_BH.unsqueeze(1), cos_BD.unsqueeze(1), sin_BD.unsqueeze(1))
+        q_nope_BTHN, q_rope_BTHD = self.queries(x_BTH, cos_BTD, sin_BTD)
+        view.cache_PC[view.write_BT] = self.latents(x_BTH, cos_BTD, sin_BTD)
+        context_BSC = view.cache_PC[view.read_BS]
+        if not absorbed:
+            k_nope_BSHN, v_BSHV = (
+                self.kv_b_proj(context_BSC[..., :rank])
+                .unflatten(-1, (heads, -1))
+                .split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+            )
+            k_rope_BSHD = context_BSC[..., rank:].unsqueeze(2).expand(-1, -1, heads, -1)
+            q_BHTK = torch.cat((q_nope_BTHN, q_rope_BTHD), dim=-1).transpose(1, 2)
+            k_BHSK = torch.cat((k_nope_BSHN, k_rope_BSHD), dim=-1).transpose(1, 2)
+            out_BHTV = F.scaled_dot_product_attention(
+                q_BHTK, k_BHSK, v_BSHV.transpose(1, 2), attn_mask=view.bias_BTS.unsqueeze(1), scale=self.scale
+            )
+            return self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
         up_k_HNR, up_v_HVR = self.kv_b_proj.weight.view(heads, -1, rank).split(
             (config.qk_nope_head_dim, config.v_head_dim), dim=1
         )
-        q_latent_HBR = torch.bmm(q_nope_B1HN.squeeze(1).transpose(0, 1), up_k_HNR)
-        q_BHC = torch.cat((q_latent_HBR.transpose(0, 1), q_rope_B1HD.squeeze(1)), dim=-1)
-        latent_B1HR = F.scaled_dot_product_attention(
-            # One key-value head whose queries are the model's heads; the entry serves as key, and whole as value too,
-            # because the CPU's flash kernel wants equal sizes and needs no copy this way.
-            q_BHC.unsqueeze(1),
-            cache_BSC.unsqueeze(1),
-            cache_BSC.unsqueeze(1),
-            attn_mask=bias_BS[:, None, None].expand(-1, 1, heads, -1),
-            scale=self.scale,
-        )[..., :rank]
-        value_HBV = torch.bmm(latent_B1HR.squeeze(1).transpose(0, 1), up_v_HVR.transpose(1, 2))
-        return self.o_proj(value_HBV.transpose(0, 1).flatten(1))
+        q_latent_BTHR = torch.einsum("bthn,hnr->bthr", q_nope_BTHN, up_k_HNR)
+        q_BQC = torch.cat((q_latent_BTHR, q_rope_BTHD), dim=-1).flatten(1, 2)  # Q = T * H: one key head serves all
+        # The entry serves as key, and whole as value too: the CPU's flash kernel wants equal sizes.
+        latent_BQR = F.scaled_dot_product_attention(
+            q_BQC.unsqueeze(1), context_BSC.unsqueeze(1), context_BSC.unsqueeze(1),
+            attn_mask=view.bias_BTS.repeat_interleave(heads, dim=1).unsqueeze(1), scale=self.scale,
+        ).squeeze(1)[..., :rank]  # fmt: skip
+        value_BTHV = torch.einsum("bthr,hvr->bthv", latent_BQR.unflatten(1, (-1, heads)), up_v_HVR)
+        return self.o_proj(value_BTHV.flatten(2))
 
 
 def scaled_dot_product(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, packing: Packing, scale: float) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from teacher.attention import MultiHeadLatentAttention
+from teacher.attention import CacheView, MultiHeadLatentAttention
 from teacher.config import DeepseekV3Config
 from teacher.experts import MLP, MoE
 from teacher.norm import RMSNorm
@@ -36,16 +35,11 @@ class DecoderLayer(nn.Module):
         fed, routing = self.feed_forward(x_BTH)
         return x_BTH + fed, latent_BTC, routing
 
-    def decode(
-        self, x_BH: Tensor, cos_BD: Tensor, sin_BD: Tensor, cache_BMC: Tensor, position_B: Tensor, bias_BS: Tensor
-    ) -> Tensor:
-        """One new token a row: store its latent at `position_B` of the row's cache, then attend to the first S."""
-        normed_BH = self.input_layernorm(x_BH)
-        rows_B = torch.arange(x_BH.shape[0], device=x_BH.device)
-        cache_BMC[rows_B, position_B] = self.self_attn.latents(normed_BH, cos_BD, sin_BD)
-        x_BH = x_BH + self.self_attn.decode(normed_BH, cos_BD, sin_BD, cache_BMC[:, : bias_BS.shape[1]], bias_BS)
-        fed_BH, _ = self.feed_forward(x_BH)
-        return x_BH + fed_BH
+    def extend(self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, view: CacheView, absorbed: bool) -> Tensor:
+        """The layer's output for new tokens of cached sequences."""
+        x_BTH = x_BTH + self.self_attn.extend(self.input_layernorm(x_BTH), cos_BTD, sin_BTD, view, absorbed)
+        fed_BTH, _ = self.feed_forward(x_BTH)
+        return x_BTH + fed_BTH
 
     def feed_forward(self, x_BTH: Tensor) -> tuple[Tensor, Routing | None]:
         """The feed-forward half without its residual."""

@@ -2,8 +2,7 @@
 
 DeepSeek-V3 arXiv 2412.19437. Module names are those of the checkpoint, except that the experts of a layer are stacked.
 
-Shapes: B batch, T tokens, H hidden, V vocabulary, D = qk_rope_head_dim, C = latent_dim, L layers,
-M tokens a cache row has room for, S of them looked at.
+Shapes: B batch, T tokens, H hidden, V vocabulary, D = qk_rope_head_dim, C = latent_dim.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from teacher.attention import CacheView
 from teacher.config import DeepseekV3Config
 from teacher.experts import Experts
 from teacher.layer import DecoderLayer
@@ -146,20 +146,27 @@ class DeepseekV3(nn.Module):
         return output
 
     @torch.inference_mode()
-    def decode(self, input_ids_B: Tensor, position_B: Tensor, cache_LBMC: Tensor, live: int) -> Tensor:
-        """Logits (B, V) after one more token a row.
+    def extend(self, input_ids_BT: Tensor, position_BT: Tensor, views: list[CacheView], absorbed: bool) -> Tensor:
+        """Hidden states (B, T, H) after the final norm of new tokens of sequences whose earlier tokens are cached.
 
-        The token stands at `position_B` of its row, whose cache holds the latents of all earlier positions and gets
-        this one's. `live` is at least the highest position plus 1: what lies beyond is not looked at.
+        `views` says for each main layer where its cache is; the new tokens' latents are stored there.
         """
-        cos_BD, sin_BD = self.cos_TD[position_B], self.sin_TD[position_B]
-        unseen_BS = torch.arange(live, device=position_B.device) > position_B.unsqueeze(1)
-        bias_BS = torch.zeros(unseen_BS.shape, dtype=cache_LBMC.dtype, device=position_B.device)
-        bias_BS.masked_fill_(unseen_BS, float("-inf"))
-        x_BH = self.model.embed_tokens(input_ids_B)
-        for layer, cache_BMC in zip(self.main_layers, cache_LBMC, strict=True):
-            x_BH = layer.decode(x_BH, cos_BD, sin_BD, cache_BMC, position_B, bias_BS)
-        return self.lm_head(self.model.norm(x_BH))
+        cos_BTD, sin_BTD = self.cos_TD[position_BT], self.sin_TD[position_BT]
+        x_BTH = self.model.embed_tokens(input_ids_BT)
+        for layer, view in zip(self.main_layers, views, strict=True):
+            x_BTH = layer.extend(x_BTH, cos_BTD, sin_BTD, view, absorbed)
+        return self.model.norm(x_BTH)
+
+    @torch.inference_mode()
+    def draft(
+        self, hidden_BTH: Tensor, next_ids_BT: Tensor, position_BT: Tensor, view: CacheView, absorbed: bool
+    ) -> Tensor:
+        """The first MTP module as a draft: its output (B, T, H) before its norm, from hidden states at `position_BT`
+        and the tokens after them. Given its own output and the token drafted from that, it drafts one further."""
+        module = self.mtp_layers[0]
+        cos_BTD, sin_BTD = self.cos_TD[position_BT], self.sin_TD[position_BT]
+        joined_BTH = module.join(hidden_BTH, self.model.embed_tokens(next_ids_BT))
+        return module.extend(joined_BTH, cos_BTD, sin_BTD, view, absorbed)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None, *, fp8: bool = False) -> None:
         """Write config.json and safetensors that transformers and vLLM load.

@@ -40,5 +40,8 @@ class MTPLayer(DecoderLayer):
         `previous_BTH` of the first module is the main model's hidden state after its final norm, and `eh_proj` reads
         the embedding first: this is how DeepSeek's weights are served by vLLM and transformers.
         """
-        joined = torch.cat((self.enorm(embedded_BTH), self.hnorm(previous_BTH)), dim=-1)
-        return self(self.eh_proj(joined), cos_BTD, sin_BTD, packing)
+        return self(self.join(previous_BTH, embedded_BTH), cos_BTD, sin_BTD, packing)
+
+    def join(self, previous_BTH: Tensor, embedded_BTH: Tensor) -> Tensor:
+        """The module's input from a hidden state and the embedding of a later token (eq. 21)."""
+        return self.eh_proj(torch.cat((self.enorm(embedded_BTH), self.hnorm(previous_BTH)), dim=-1))

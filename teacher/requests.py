@@ -24,6 +24,7 @@ class Request:
     stop_ids: Sequence[int] | None = None  # None: the engine's
     stop: Sequence[str] = ()  # the text ends before the first of these; needs an engine with a tokenizer
     text: bool = False  # decode as it goes: updates and the completion carry text; implied by `stop`
+    stream: bool = False  # an update a step; otherwise one, at the end
     logprobs: int | None = None  # n: each token's log-probability and the n likeliest tokens'; None: none
 
 
@@ -51,8 +52,24 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class EngineStats:
+    """Counts since the engine was made, and what it holds now."""
+
+    waiting: int
+    running: int
+    preempted: int
+    cache_tokens_total: int
+    cache_tokens_used: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
 class Update:
-    """What one step brought one request. `text` is safe to show: it holds back what may turn out a stop string or is
+    """What one or more steps brought one request. `text` is safe to show: it holds back what may turn out a stop string or is
     part of a character. The last update of a request carries its completion."""
 
     id: str

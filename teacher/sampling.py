@@ -8,6 +8,8 @@ Shapes: B rows, V vocabulary, K kept candidates.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -33,25 +35,36 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def sample(
-    logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor, seed_B: Tensor, counter_B: Tensor
-) -> Tensor:
-    """The next token of each row, int64 (B,).
+class Settings(NamedTuple):
+    """How each row is sampled. temperature 0: the most likely token; top_k 0, top_p 1, min_p 0: no limit."""
 
-    temperature 0 takes the most likely token. top_k 0 keeps all; top_p keeps the smallest set of most likely tokens
-    whose probability reaches it. As in vLLM and transformers, temperature is applied first, then top-k, then top-p.
-    The token is the one in whose share of the cumulative probability, by descending probability, the draw falls.
+    temperature_B: Tensor
+    top_p_B: Tensor
+    top_k_B: Tensor
+    min_p_B: Tensor
+    seed_B: Tensor
+
+
+def sample(logits_BV: Tensor, settings: Settings, counter_B: Tensor) -> Tensor:
+    """The next token of each row, int64 (B,); `counter_B` is how many tokens its request has drawn before.
+
+    As in vLLM: temperature first; min-p keeps tokens at least that share as likely as the likeliest, top-k so many, and
+    top-p the smallest set of the likeliest whose share of what the others left reaches it. The token is the one in
+    whose share of the cumulative probability, by descending probability, the draw falls.
     """
+    temperature_B, top_p_B, top_k_B, min_p_B, seed_B = settings
     greedy_B = logits_BV.argmax(-1)
     if not bool((temperature_B > 0).any()):
         return greedy_B
     probs_BV = (logits_BV.float() / temperature_B.clamp_min(1e-6).unsqueeze(-1)).softmax(-1)
-    sorted_BK, tokens_BK = _most_likely(probs_BV, top_p_B, top_k_B)
+    sorted_BK, tokens_BK = _most_likely(probs_BV, settings)
     rank_K = torch.arange(sorted_BK.shape[-1], device=logits_BV.device)
-    before_BK = sorted_BK.cumsum(-1) - sorted_BK
     kept_BK = (rank_K < top_k_B.unsqueeze(-1)) | (top_k_B.unsqueeze(-1) == 0)
-    # top-p counts shares of what top-k left, which without top-k is 1 even where only the likeliest are at hand.
-    left_B1 = torch.where(top_k_B > 0, (sorted_BK * kept_BK).sum(-1), 1.0).unsqueeze(-1)
+    kept_BK &= sorted_BK >= min_p_B.unsqueeze(-1) * sorted_BK[:, :1]
+    # Without top-k and min-p all of the probability is left, even where only the likeliest tokens are at hand.
+    limited_B = (top_k_B > 0) | (min_p_B > 0)
+    left_B1 = torch.where(limited_B, (sorted_BK * kept_BK).sum(-1), 1.0).unsqueeze(-1)
+    before_BK = sorted_BK.cumsum(-1) - sorted_BK
     kept_BK &= (before_BK < top_p_B.unsqueeze(-1) * left_B1) | (rank_K == 0)
     cumulative_BK = (sorted_BK * kept_BK).double().cumsum(-1)
     draw_B1 = uniform(seed_B, counter_B).unsqueeze(-1) * cumulative_BK[:, -1:]
@@ -62,12 +75,15 @@ def sample(
     return torch.where(temperature_B > 0, sampled_B, greedy_B)
 
 
-def _most_likely(probs_BV: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities, descending, with their tokens: as many as every row's top-k or top-p can reach, else all."""
+def _most_likely(probs_BV: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Probabilities, descending, with their tokens: as many as every row's limits can reach, else all."""
     if probs_BV.shape[-1] > 2 * _CANDIDATES:
         # A partial sort is a third of a full one at 300 tokens, a twentieth at 32,000.
         sorted_BK, tokens_BK = probs_BV.topk(_CANDIDATES, dim=-1)
-        enough_B = (sorted_BK.sum(-1) > top_p_B) | ((top_k_B > 0) & (top_k_B <= _CANDIDATES))
+        enough_B = (settings.top_k_B > 0) & (settings.top_k_B <= _CANDIDATES)
+        enough_B |= (settings.top_k_B == 0) & (settings.min_p_B == 0) & (sorted_BK.sum(-1) > settings.top_p_B)
+        enough_B |= sorted_BK[:, -1] < settings.min_p_B * sorted_BK[:, 0]
+        enough_B |= settings.temperature_B <= 0
         if bool(enough_B.all()):
             return sorted_BK, tokens_BK
     return probs_BV.sort(dim=-1, descending=True, stable=True)

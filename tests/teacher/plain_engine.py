@@ -10,7 +10,7 @@ import torch
 
 from teacher.model import DeepseekV3
 from teacher.requests import Completion, Request
-from teacher.sampling import sample
+from teacher.sampling import Settings, sample
 
 
 @torch.inference_mode()
@@ -22,8 +22,8 @@ def complete(model: DeepseekV3, request: Request, default_stop: list[int]) -> Co
 
     for count in range(request.max_tokens):
         logits_1V = model(torch.tensor([tokens])).logits[:, -1]
-        settings = (torch.tensor([x]) for x in (request.temperature, request.top_p, request.top_k, request.seed, count))
-        token = int(sample(logits_1V, *settings))
+        one = request.temperature, request.top_p, request.top_k, request.min_p, request.seed
+        token = int(sample(logits_1V, Settings(*(torch.tensor([x]) for x in one)), torch.tensor([count])))
         if token in stops:
             return done("stop", token)
         tokens.append(token)

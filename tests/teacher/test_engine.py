@@ -1,5 +1,6 @@
 """The engine against a loop that recomputes everything, and against itself in other batches."""
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -116,10 +117,11 @@ def test_two_generations_of_one_engine_do_not_disturb_each_other(model):
     engine = Engine(model, 257, 3, 80)
     batch = requests(12)
     alone = {completion.id: completion.token_ids for completion in engine.generate(batch)}
-    first, second = engine.generate(batch), engine.generate(batch[::-1])
+    again = [dataclasses.replace(request, id=f"{request.id} again") for request in batch]
+    first, second = engine.generate(batch), engine.generate(again[::-1])
     found = [completion for pair in zip(first, second, strict=True) for completion in pair]
     assert len(found) == 24
-    assert all(completion.token_ids == alone[completion.id] for completion in found)
+    assert all(completion.token_ids == alone[completion.id.removesuffix(" again")] for completion in found)
 
 
 def test_completion_ends_where_the_slot_is_full(model):

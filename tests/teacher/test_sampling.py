@@ -3,20 +3,21 @@
 import pytest
 import torch
 
-from teacher.sampling import sample, uniform
+from teacher.sampling import Settings, sample, uniform
 
 
-def draw(logits_BV, temperature=1.0, top_p=1.0, top_k=0, first_seed=0):
+def draw(logits_BV, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, first_seed=0):
     rows = len(logits_BV)
 
     def full(value, dtype):
         return torch.full((rows,), value, dtype=dtype)
 
     seeds = torch.arange(first_seed, first_seed + rows)
-    return sample(
-        logits_BV, full(temperature, torch.float32), full(top_p, torch.float32), full(top_k, torch.long), seeds,
-        full(3, torch.long),
+    settings = Settings(
+        full(temperature, torch.float32), full(top_p, torch.float32), full(top_k, torch.long),
+        full(min_p, torch.float32), seeds,
     )  # fmt: skip
+    return sample(logits_BV, settings, full(3, torch.long))
 
 
 def splitmix64(x):
@@ -44,9 +45,10 @@ def test_uniform_is_uniform_and_uncorrelated(along):
     assert abs(float(torch.corrcoef(torch.stack((u[1:], u[:-1])))[0, 1])) < 0.012
 
 
-def allowed(probs, top_p, top_k):
+def allowed(probs, top_p, top_k, min_p):
     """Tokens that may be drawn and their probabilities, by the definition."""
     order = sorted(range(len(probs)), key=lambda token: -probs[token])
+    order = [token for token in order if probs[token] >= min_p * probs[order[0]]]
     if top_k:
         order = order[:top_k]
     total, kept, mass = sum(probs[token] for token in order), [], 0.0
@@ -60,15 +62,18 @@ def allowed(probs, top_p, top_k):
 
 @pytest.mark.parametrize("vocabulary", [12, 400])
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
-    [(1.0, 1.0, 0), (0.6, 0.95, 0), (1.5, 0.5, 0), (1.0, 1.0, 4), (0.8, 0.7, 6)],
-)
-def test_frequencies_follow_the_definition(vocabulary, temperature, top_p, top_k):
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        (1.0, 1.0, 0, 0), (0.6, 0.95, 0, 0), (1.5, 0.5, 0, 0), (1.0, 1.0, 4, 0), (0.8, 0.7, 6, 0), (1.0, 1.0, 0, 0.1),
+        (1.5, 1.0, 0, 0.001), (1.0, 0.8, 9, 0.05),
+    ],
+)  # fmt: skip
+def test_frequencies_follow_the_definition(vocabulary, temperature, top_p, top_k, min_p):
     generator = torch.Generator().manual_seed(vocabulary)
     logits_V = 3 * torch.randn(vocabulary, generator=generator)
-    expected = allowed((logits_V / temperature).softmax(-1).tolist(), top_p, top_k)
+    expected = allowed((logits_V / temperature).softmax(-1).tolist(), top_p, top_k, min_p)
     draws = 20_000
-    tokens = draw(logits_V.expand(draws, -1), temperature, top_p, top_k)
+    tokens = draw(logits_V.expand(draws, -1), temperature, top_p, top_k, min_p)
     counts = torch.bincount(tokens, minlength=vocabulary).tolist()
     assert {token for token, count in enumerate(counts) if count} <= set(expected)
     for token, share in expected.items():
@@ -86,7 +91,8 @@ def test_partial_sort_gives_what_a_full_sort_gives():
 def test_temperature_zero_is_argmax_beside_sampled_rows():
     logits_BV = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
     zeros = torch.zeros(2, dtype=torch.long)
-    tokens = sample(logits_BV, torch.tensor([0.0, 5.0]), torch.ones(2), zeros, torch.arange(2), zeros)
+    settings = Settings(torch.tensor([0.0, 5.0]), torch.ones(2), zeros, torch.zeros(2), torch.arange(2))
+    tokens = sample(logits_BV, settings, zeros)
     assert int(tokens[0]) == int(logits_BV[0].argmax())
     assert torch.equal(draw(logits_BV, temperature=0.0), logits_BV.argmax(-1))
 

@@ -1,0 +1,95 @@
+"""A step over cached sequences against the whole sequence run at once."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from teacher import load_model
+from teacher.cache import LatentCache
+from teacher.runner import Batch, TorchRunner, absorbed_is_cheaper
+from tests.teacher.random_configs import random_config, randomize
+from tests.tiny import deepseek_config
+
+
+def fresh(seed, **changes):
+    torch.manual_seed(seed)
+    model = load_model(random_config(seed) if not changes else deepseek_config(**changes))
+    randomize(model, seed)
+    return model
+
+
+def grown(runner, sequences, page_size, rng):
+    """Feed the sequences in pieces of random length, several a call; yields (row, position, logits, hidden)."""
+    slots = rng.sample(range(7), len(sequences))
+    pages = iter(rng.sample(range(1, 60), 59))
+    table_SP = np.zeros((7, 20), dtype=np.int32)
+    for slot in slots:
+        table_SP[slot] = 0
+        for number in range(-(-len(sequences[0]) // page_size)):
+            table_SP[slot, number] = next(pages)
+    done = [0] * len(sequences)
+    while any(d < len(s) for d, s in zip(done, sequences, strict=True)):
+        rows = [row for row in range(len(sequences)) if done[row] < len(sequences[row]) and rng.random() < 0.8]
+        if not rows:
+            continue
+        counts = [min(rng.choice([1, 1, 2, 7]), len(sequences[row]) - done[row]) for row in rows]
+        at = [(row, done[row] + n) for row, count in zip(rows, counts, strict=True) for n in range(count)]
+        batch = Batch(
+            np.array([sequences[row][position] for row, position in at], dtype=np.int32),
+            np.array([position for _, position in at]),
+            np.array([slots[row] for row in rows]),
+            np.array(counts),
+            table_SP,
+        )
+        wanted = np.array(sorted(rng.sample(range(len(at)), rng.randint(1, len(at)))))
+        logits, hidden = runner.forward(batch, wanted)
+        for index, (row, position) in enumerate(at):
+            found = np.nonzero(wanted == index)[0]
+            yield row, position, logits[found[0]] if len(found) else None, hidden[index]
+        for row, count in zip(rows, counts, strict=True):
+            done[row] += count
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_steps_of_any_size_equal_the_whole_at_once(seed):
+    model = fresh(seed)
+    config, rng = model.config, random.Random(seed)
+    sequences_BT = torch.randint(0, config.vocab_size, (4, 30))
+    with torch.inference_mode():
+        whole = model(sequences_BT)
+    page_size = rng.choice([1, 4, 16])
+    if page_size == 1:
+        sequences_BT = sequences_BT[:, :12]
+    cache = LatentCache(config, config.num_hidden_layers, 60, page_size, torch.float32, "cpu")
+    scale = whole.logits.abs().max()
+    for row, position, logits_V, hidden_H in grown(TorchRunner(model, cache), sequences_BT.tolist(), page_size, rng):
+        torch.testing.assert_close(hidden_H, whole.hidden[row, position], rtol=1e-4, atol=1e-4)
+        assert logits_V is None or (logits_V - whole.logits[row, position]).abs().max() < 1e-4 * scale
+
+
+def test_draft_module_over_its_cache_equals_training_forward():
+    model = fresh(1, num_nextn_predict_layers=1)
+    ids_BT = torch.randint(0, 263, (1, 21))
+    with torch.inference_mode():
+        whole = model(ids_BT, mtp=True)
+    cache = LatentCache(model.config, model.config.num_hidden_layers + 1, 8, 4, torch.float32, "cpu")
+    runner = TorchRunner(model, cache)
+    table_SP = np.array([[5, 2, 7, 1, 3, 8]], dtype=np.int32)
+    for first, end in ((0, 7), (7, 8), (8, 20)):
+        batch = Batch(
+            ids_BT[0, first + 1 : end + 1].numpy().astype(np.int32), np.arange(first, end), np.array([0]),
+            np.array([end - first]), table_SP,
+        )  # fmt: skip
+        logits_MV, _ = runner.draft(whole.hidden[0, first:end], batch, np.array([0]), np.arange(end - first))
+        torch.testing.assert_close(logits_MV, whole.mtp_logits[0][0, first:end], rtol=1e-4, atol=1e-4)
+
+
+def test_absorbed_form_for_decoding_and_expanded_for_prefill():
+    from teacher.config import DeepseekV3Config
+
+    big = DeepseekV3Config()
+    assert absorbed_is_cheaper(big, new=1, context=4096)
+    assert absorbed_is_cheaper(big, new=4, context=4096)
+    assert not absorbed_is_cheaper(big, new=2048, context=4096)
