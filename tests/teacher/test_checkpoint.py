@@ -1,9 +1,13 @@
 """Checkpoints: round trips, and one clear sentence for each way in which a folder can be wrong."""
 
 import json
+import os
+from functools import partial, partialmethod
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from teacher import load_model
@@ -142,21 +146,194 @@ def test_no_weights_and_no_folder(folder):
     refused(folder / "nowhere", "no such folder")
 
 
-@pytest.mark.parametrize("index", ["{", '{"weight_map": 3}', '{"weight_map": {"a": "gone.safetensors"}}',
-                                   '{"weight_map": {"a": "../elsewhere.safetensors"}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "[]",
+        '{"weight_map": 3}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 7}}',
+        '{"weight_map": {"a": "model.safetensors", "b": 7}}',
+        '{"weight_map": {"a": "gone.safetensors"}}',
+        '{"weight_map": {"a": "../elsewhere.safetensors"}}',
+    ],
+)
 def test_wrong_index(folder, index):
     (folder / INDEX).write_text(index)
     refused(folder, INDEX)
 
 
-def test_fp8_is_refused_for_now(folder):
-    change(folder, lambda tensors: tensors.update({"lm_head.weight_scale_inv": torch.ones(1)}))
-    refused(folder, "FP8")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    refused(folder, "quantization_config")
+def set_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_unknown_dtype(folder):
-    with pytest.raises(ValueError, match="dtype is 'float33'"):
-        load_model(folder, dtype="float33")
+def test_unknown_model_type(folder):
+    set_config(folder, model_type="deepseek_v2")
+    refused(folder, "config.json: model_type is 'deepseek_v2'; expected 'deepseek_v3'")
+
+
+def test_config_that_contradicts_itself(folder):
+    set_config(folder, torch_dtype="bfloat16")
+    refused(folder, "config.json: dtype is 'float32'; expected torch_dtype ('bfloat16')")
+
+
+def test_config_that_contradicts_the_tensors(folder):
+    set_config(folder, num_hidden_layers=2)
+    refused(folder, "tensor(s) missing, the first is model.layers.2.eh_proj.weight")
+    set_config(folder, num_hidden_layers=4, num_nextn_predict_layers=0)
+    refused(folder, WEIGHTS, "not of this model, the first is model.layers.3.eh_proj.weight")
+    set_config(folder, num_hidden_layers=3, num_nextn_predict_layers=1, n_routed_experts=4)
+    refused(folder, WEIGHTS, "not of this model, the first is model.layers.1.mlp.experts.4.down_proj.weight")
+    set_config(folder, n_routed_experts=8, q_lora_rank=None)
+    refused(folder, "missing, the first is model.layers.0.self_attn.q_proj.weight")
+
+
+def test_mtp_weights_that_the_config_does_not_know_or_that_are_not_all_there(folder):
+    set_config(folder, num_nextn_predict_layers=0)
+    refused(folder, WEIGHTS, "the first is model.layers.3.", "config.json states 3 layers and 0 for MTP")
+    set_config(folder, num_nextn_predict_layers=2)
+    refused(folder, "tensor(s) missing, the first is model.layers.4.")
+
+
+def test_missing_mtp_weights_are_said_and_done_without(model, folder):
+    def drop(tensors):
+        for name in [name for name in tensors if name.startswith("model.layers.3.")]:
+            del tensors[name]
+
+    change(folder, drop)
+    with pytest.warns(UserWarning, match="no MTP weights although num_nextn_predict_layers is set") as caught:
+        loaded = load_model(folder)
+    assert caught[0].filename == __file__
+    assert loaded.config.num_nextn_predict_layers == 0 and not loaded.mtp_layers
+    ids_BT = torch.tensor([[1, 2, 3]])
+    assert torch.equal(loaded(ids_BT).logits, model(ids_BT).logits)
+
+
+def test_mtp_copies_may_be_left_out(model, folder):
+    change(folder, lambda tensors: tensors.pop("model.layers.3.shared_head.head.weight"))
+    change(folder, lambda tensors: tensors.pop("model.layers.3.embed_tokens.weight"))
+    assert_same(model, load_model(folder))
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.embed_tokens.weight", "model.norm.weight"])
+def test_wrong_dtype_on_disk(folder, name):
+    change(folder, lambda tensors: tensors.update({name: tensors[name].long()}))
+    refused(folder, WEIGHTS, f"tensor {name} is I64; expected floating point")
+
+
+def test_misshaped_mtp_copy(folder):
+    change(folder, lambda tensors: tensors.update({"model.layers.3.embed_tokens.weight": torch.ones(262, 32)}))
+    refused(folder, WEIGHTS, "model.layers.3.embed_tokens.weight has shape [262, 32]; config.json asks for [263, 32]")
+
+
+def test_tensor_in_two_shards(model, folder):
+    save_checkpoint(model, folder, shard_bytes=30_000)
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    save_file(load_file(second) | {"lm_head.weight": torch.ones(3)}, second)
+    save_file(load_file(first) | {"lm_head.weight": torch.ones(3)}, first)
+    refused(folder, f"tensor lm_head.weight is also in {first.name}")
+
+
+def test_a_shard_that_is_gone_or_cut(model, folder):
+    save_checkpoint(model, folder, shard_bytes=30_000)
+    shard = sorted(folder.glob("model-*.safetensors"))[2]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    refused(folder, shard.name, "not a whole safetensors file")
+    shard.unlink()
+    refused(folder, INDEX, f"names '{shard.name}', which is not a file of that folder")
+
+
+def test_meta_device_reads_no_weights(model, folder):
+    loaded = load_model(folder, "bfloat16", "meta")
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    fresh = load_model(deepseek_config(hidden_size=7168, intermediate_size=10**7), device="meta")
+    assert sum(parameter.numel() for parameter in fresh.parameters()) > 2e11
+
+
+@pytest.mark.parametrize("window", [1, 20_000, 10**9])
+def test_mapping_a_file_in_parts_changes_nothing(model, folder, window, monkeypatch):
+    monkeypatch.setattr("teacher.checkpoint_read._WINDOW", window)
+    assert_same(model, load_model(folder))
+    save_checkpoint(model, folder, shard_bytes=30_000)
+    assert_same(model, load_model(folder))
+
+
+@pytest.mark.parametrize("layout", ["single to single", "single to shards", "shards to shards", "shards to single"])
+def test_a_kill_while_a_folder_is_rewritten_never_leaves_a_mix(model, tmp_path, layout, monkeypatch):
+    """Stop at every rename and removal in turn; what is then there is the old model, the new one, or an error."""
+    before, after = (10**9 if kind == "single" else 30_000 for kind in layout.split(" to "))
+    torch.manual_seed(1)
+    newer = load_model(deepseek_config())
+    seen = set()
+    for step in range(100):
+        folder = tmp_path / str(step)
+        save_checkpoint(model, folder, shard_bytes=before)
+        left = step
+
+        def stop(operation, *arguments, **settings):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return operation(*arguments, **settings)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("os.replace", partial(stop, os.replace))
+            patched.setattr(Path, "unlink", partialmethod(partial(stop, Path.unlink)))
+            try:
+                save_checkpoint(newer, folder, shard_bytes=after)
+                finished = True
+            except KeyboardInterrupt:
+                finished = False
+        try:
+            found = load_model(folder)
+        except ValueError:
+            seen.add("error")
+        else:
+            same = found.lm_head.weight.equal(newer.lm_head.weight)
+            seen.add("new" if same else "old")
+            assert_same(newer if same else model, found)
+        if finished:
+            assert same
+            save_checkpoint(newer, folder, shard_bytes=after)
+            assert not list(folder.glob("*.tmp"))
+            break
+    assert finished and step >= 3
+    assert "new" in seen and ("old" in seen or before == 30_000)
+
+
+def test_files_are_on_the_disk_before_they_take_their_names(model, tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        "os.fsync", lambda handle: (events.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+    )
+    monkeypatch.setattr("os.replace", lambda old, new: (events.append((str(old), str(new))), replace(old, new)))
+    save_checkpoint(model, tmp_path, shard_bytes=30_000)
+    renames = [event for event in events if isinstance(event, tuple)]
+    assert {Path(new).name for _, new in renames} == {path.name for path in tmp_path.iterdir()}
+    for rename in renames:
+        assert rename[0] in events[: events.index(rename)], "renamed before it was synced"
+    assert Path(renames[-1][1]).name == INDEX
+    assert events[-1] == str(tmp_path)
+
+
+def test_full_disk_is_an_oserror_that_names_the_file(model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("teacher.checkpoint_write.save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors\.tmp: .*No space left"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float33", "int8", "float8_e4m3fn", torch.int64, "Tensor", "bool"])
+def test_senseless_dtype(model, folder, dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*; expected one of 'float64', 'float32', 'float16', 'bfloat16'"):
+        load_model(folder, dtype=dtype)
+    with pytest.raises(ValueError, match=r"dtype is .*; expected a floating-point dtype"):
+        model.save_pretrained(folder, dtype=dtype)
