@@ -124,6 +124,20 @@ def train_teacher(config: ConfigArgument, overrides: Overrides = None) -> None:
     teacher_training.run(path, overrides or [])
 
 
+@teacher_app.command("inspect")
+def inspect_teacher(
+    model: Annotated[
+        str, typer.Argument(metavar="CONFIG_OR_CHECKPOINT", help="A config.json, a model folder or a shipped name.")
+    ],
+    cache_tokens: Annotated[int, typer.Option(min=1, help="Tokens of cache that the GPUs shall hold.")] = 131072,
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers, exact, as JSON.")] = False,
+) -> None:
+    """Count parameters, bytes, FLOPs and GPUs; loads nothing."""
+    from distill import teacher_inspect
+
+    teacher_inspect.run(model, cache_tokens, as_json=as_json)
+
+
 @base_app.command("train")
 def train_base(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Pretrain a student's base from a seed."""

@@ -27,7 +27,7 @@ def test_wheel_holds_all_code_and_recipes(wheel_names):
     for package in ("distill", "teacher", "students", "evals"):
         for file in (ROOT / package).rglob("*.py"):
             assert file.relative_to(ROOT).as_posix() in wheel_names
-    for file in (ROOT / "configs").rglob("*.yaml"):
+    for file in [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "configs").rglob("*.json")]:
         assert f"distill/{file.relative_to(ROOT).as_posix()}" in wheel_names
 
 
