@@ -19,7 +19,8 @@ from teacher.routing import Routing
 class LoadBalance:
     """Counts the loads of all MoE layers and updates their selection biases.
 
-    Layers are in the order of a forward's routings: main layers, then MTP modules.
+    Layers are in the order of a forward's routings: main layers, then MTP modules. Further routings are the last
+    module's own, run again on its output, each a depth deeper.
     """
 
     def __init__(self, model: DeepseekV3) -> None:
@@ -33,8 +34,9 @@ class LoadBalance:
     def loads(self, routings: list[Routing], segment_ids_BT: torch.Tensor) -> torch.Tensor:
         """How many tokens of one forward chose each expert, (L, E) int64; padding (segment 0) has no say."""
         loads_LE = torch.zeros(len(self.routers), self.experts, dtype=torch.int64, device=segment_ids_BT.device)
-        for layer, routing in enumerate(routings):
-            real_N = (_segments(segment_ids_BT, self.depths[layer]) > 0).flatten()
+        for number, routing in enumerate(routings):
+            layer, depth = self._place(number)
+            real_N = (_segments(segment_ids_BT, depth) > 0).flatten()
             weight_NK = real_N.to(torch.int64).unsqueeze(1).expand_as(routing.indices_NK)
             loads_LE[layer].scatter_add_(0, routing.indices_NK.flatten(), weight_NK.flatten())
         return loads_LE
@@ -44,11 +46,12 @@ class LoadBalance:
         """End an optimizer step of these loads: bias += speed * sign(mean load - load) in each layer (eq. 16).
 
         Returns the step's MaxVio of each layer, (L,) float32. A layer without any load (an MTP module that did not
-        run) keeps its bias: sign(0) is 0.
+        run) keeps its bias: sign(0) is 0. So does a router that is not trained.
         """
         step_LE = speed * torch.sign(loads_LE.float().mean(dim=1, keepdim=True) - loads_LE)
         for router, step_E in zip(self.routers, step_LE, strict=True):
-            router.e_score_correction_bias += step_E
+            if router.weight.requires_grad:
+                router.e_score_correction_bias += step_E
         return max_violation(loads_LE)
 
     def sequence_loss(self, routings: list[Routing], segment_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -59,12 +62,17 @@ class LoadBalance:
         rows_B1 = torch.arange(len(segment_ids_BT), device=segment_ids_BT.device).unsqueeze(1)
         most = int(segment_ids_BT.max())
         total = torch.zeros((), device=segment_ids_BT.device)
-        for layer, routing in enumerate(routings):
-            segments_BT = _segments(segment_ids_BT, self.depths[layer])
+        for number, routing in enumerate(routings):
+            segments_BT = _segments(segment_ids_BT, self._place(number)[1])
             sequence_N = torch.where(segments_BT > 0, rows_B1 * most + segments_BT - 1, -1).flatten()
             top_k = routing.indices_NK.shape[1]
             total = total + sequence_balance_loss(routing.scores_NE, top_k, sequence_N, len(rows_B1) * most)
         return total
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Layer and MTP depth of a forward's `number`-th routing."""
+        last = len(self.depths) - 1
+        return min(number, last), self.depths[min(number, last)] + max(0, number - last)
 
 
 def _segments(segment_ids_BT: torch.Tensor, depth: int) -> torch.Tensor:

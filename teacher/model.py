@@ -7,11 +7,14 @@ Shapes: B batch, T tokens, H hidden, V vocabulary, D = qk_rope_head_dim, C = lat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from teacher.attention import CacheView
 from teacher.config import DeepseekV3Config
@@ -54,6 +57,7 @@ class DeepseekV3(nn.Module):
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # training: a layer keeps only its input, and runs again when its gradient is taken
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.cos_TD: Tensor
@@ -97,15 +101,16 @@ class DeepseekV3(nn.Module):
         input_ids_BT: Tensor,
         position_ids_BT: Tensor | None = None,
         segment_ids_BT: Tensor | None = None,
-        mtp: bool = False,
+        mtp: bool | int = False,
         logits: bool = True,
     ) -> ModelOutput:
         """Logits for every position; without `logits`, the hidden states that they are made of (training needs few).
 
         Rows may be padded on the right: later tokens never change earlier ones. Packed rows give `segment_ids_BT`
         (integers; a segment is a run of equal ones, and sees only itself) and positions that restart with each
-        segment, which are derived when not given. `mtp` also runs the MTP modules. Raises ValueError if a sequence is
-        longer than the model's context.
+        segment, which are derived when not given. `mtp` also runs the MTP modules; a number runs so many depths,
+        the last module again and again on its own output, as a draft of several tokens does. Raises ValueError if a
+        sequence is longer than the model's context.
         """
         length, context = input_ids_BT.shape[1], self.config.max_position_embeddings
         packing: Packing = None
@@ -123,7 +128,7 @@ class DeepseekV3(nn.Module):
         x_BTH = embedded_BTH
         latents, routing = [], []
         for layer in self.main_layers:
-            x_BTH, latent_BTC, chosen = layer(x_BTH, cos_BTD, sin_BTD, packing)
+            x_BTH, latent_BTC, chosen = self._run(layer, x_BTH, cos_BTD, sin_BTD, packing)
             latents.append(latent_BTC)
             if chosen is not None:
                 routing.append(chosen)
@@ -132,18 +137,24 @@ class DeepseekV3(nn.Module):
         output = ModelOutput(logits_BTV, hidden_BTH, latents, routing)
         if mtp:
             previous = hidden_BTH
-            for depth, module in enumerate(self.mtp_layers, start=1):
-                kept = length - depth
+            modules = self.mtp_layers
+            for depth in range(1, (len(modules) if mtp is True else mtp) + 1):
+                module, kept = modules[min(depth, len(modules)) - 1], length - depth
                 packing = None if segment_ids_BT is None else segment_packing(segment_ids_BT[:, :kept])
-                previous, _, chosen = module.predict(
-                    previous[:, :kept], embedded_BTH[:, depth:], cos_BTD[:, :kept], sin_BTD[:, :kept], packing
-                )
+                arguments = previous[:, :kept], embedded_BTH[:, depth:], cos_BTD[:, :kept], sin_BTD[:, :kept], packing
+                previous, _, chosen = self._run(module.predict, *arguments)
                 output.mtp_hidden.append(module.shared_head.norm(previous))
                 if logits:
                     output.mtp_logits.append(self.lm_head(output.mtp_hidden[-1]))
                 if chosen is not None:
                     routing.append(chosen)
         return output
+
+    def _run(self, layer: Callable[..., Any], *arguments: Any) -> Any:
+        """layer(*arguments), or its activation checkpoint."""
+        if not (self.recompute and self.training):
+            return layer(*arguments)
+        return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     @torch.inference_mode()
     def extend(self, input_ids_BT: Tensor, position_BT: Tensor, views: list[CacheView], absorbed: bool) -> Tensor:

@@ -12,6 +12,7 @@ Legend: B rows, T positions, D hidden size.
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from teacher.balance import LoadBalance
 from teacher.batches import IGNORE, MicroBatch, StepBatch, ahead
@@ -25,7 +26,7 @@ class Part:
 
     figures: dict[str, torch.Tensor]  # for the log
     loads_LE: torch.Tensor  # of the experts, for the balance
-    gradients: tuple[torch.Tensor | None, ...] = ()  # of the parameters, in their order
+    gradients: tuple[torch.Tensor | None, ...] = ()  # of the `trained` parameters, in their order
 
     def add(self, other: "Part") -> None:
         """Add a later part. The order of additions is the caller's, so that a step is the same to the bit each time."""
@@ -35,6 +36,11 @@ class Part:
         torch._foreach_add_(mine, [g for g in other.gradients if g is not None])
 
 
+def trained(model: DeepseekV3) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 @dataclass(frozen=True)
 class Objective:
     """Weights of the parts; a part of weight 0 is not computed."""
@@ -42,11 +48,13 @@ class Objective:
     mtp_weight: float
     balance_loss: float
     bf16: bool
+    mtp_recursion: int = 0
+    """Depths beyond the model's MTP modules, which the last one predicts from its own output."""
 
     def part(self, model: DeepseekV3, balance: LoadBalance, micro: MicroBatch, step: StepBatch) -> Part:
         """Forward and backward of one micro-batch. Nothing in the model changes: several threads may do it at once."""
         loss, part = self.loss(model, balance, micro, step)
-        part.gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        part.gradients = torch.autograd.grad(loss, trained(model), allow_unused=True)
         return part
 
     def loss(
@@ -55,14 +63,16 @@ class Objective:
         """This micro-batch's share of the step's loss, with gradient, and the rest of its part.
 
         `accuracy` is teacher-forced top-1; `mtp_acceptance` is how often the first MTP module's first choice is the
-        main head's one position on, that is, how often a greedy draft would be accepted.
+        main head's one position on, that is, how often a greedy draft would be accepted; `mtp_acceptance_2` is the
+        second depth's two positions on, after the true tokens before, and so on.
         """
         segments_BT, targets_BT = micro.segment_ids_BT, micro.targets_BT
         counts = [max(1, n) for n in step.losses]
         device = segments_BT.device.type
         # No cache of cast weights: it is shared by all threads, and each weight is used once.
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            out = model(micro.input_ids_BT, micro.position_ids_BT, segments_BT, mtp=self.mtp_weight > 0, logits=False)
+            depths = len(model.mtp_layers) + self.mtp_recursion if self.mtp_weight > 0 else 0
+            out = model(micro.input_ids_BT, micro.position_ids_BT, segments_BT, mtp=depths, logits=False)
             total, best_BT = head_loss(out.hidden, model.lm_head, targets_BT)
             loss = total / counts[0]
             figures = {
@@ -75,9 +85,8 @@ class Objective:
                 mtp_loss = mtp_total / counts[depth] / len(out.mtp_hidden)
                 loss = loss + self.mtp_weight * mtp_loss
                 figures["mtp_loss"] = figures.get("mtp_loss", 0.0) + mtp_loss.detach()
-                if depth == 1:
-                    agreed = (mtp_best_BT == best_BT[:, 1:]) & (mtp_targets_BT != IGNORE)
-                    figures["mtp_acceptance"] = agreed.sum() / counts[1]
+                agreed = (mtp_best_BT == best_BT[:, depth:]) & (mtp_targets_BT != IGNORE)
+                figures["mtp_acceptance" + (f"_{depth}" if depth > 1 else "")] = agreed.sum() / counts[depth]
         if self.balance_loss > 0:
             share = balance.sequence_loss(out.routing, segments_BT) / len(step.indices)
             loss = loss + self.balance_loss * share

@@ -10,9 +10,9 @@ and the same weights come out, bit for bit on a CPU with the same number of thre
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from teacher.balance import LoadBalance
 from teacher.batches import ExampleFn, MicroBatch, StepBatch, step_batches
 from teacher.model import DeepseekV3
 from teacher.muon import MuonAdamW
-from teacher.objective import Objective, Part
+from teacher.objective import Objective, Part, trained
 from teacher.prefetch import Prefetch
 from teacher.schedule import learning_rate_factor
 from teacher.train_log import TrainingLog
@@ -64,7 +64,33 @@ def train(
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    run = _Run(model, settings, out_dir, eval_hook)
+    with _prepared(model, settings):
+        result = _train(_Run(model, settings, out_dir, eval_hook), example_fn)
+    model.eval()
+    model.save_pretrained(out_dir, dtype=torch.bfloat16)
+    return result
+
+
+@contextmanager
+def _prepared(model: DeepseekV3, settings: TrainSettings) -> Iterator[None]:
+    """The model with what is not to be trained frozen, and recomputing if it shall; afterwards as it was."""
+    frozen = []
+    if settings.trainable == "mtp":
+        kept = {id(parameter) for module in model.mtp_layers for parameter in module.parameters()}
+        frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    model.recompute = settings.recompute
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        model.recompute = False
+
+
+def _train(run: "_Run", example_fn: ExampleFn) -> TrainResult:
+    model, settings = run.model, run.settings
     stream = step_batches(
         example_fn,
         run.at.cursor,
@@ -72,16 +98,14 @@ def train(
         micro_rows=settings.micro_tokens // settings.seq_len,
         seq_len=settings.seq_len,
         longest=min(settings.seq_len, model.config.max_position_embeddings),
-        depths=len(model.mtp_layers),
+        depths=len(model.mtp_layers) + settings.mtp_recursion,
     )
     with run, Prefetch(stream) if run.device.type == "cuda" else nullcontext(stream) as batches:
         while not run.ended:
             run.step(next(batches))
     if run.average is not None:
         _copy(run.live, run.average)
-    model.eval()
-    model.save_pretrained(out_dir, dtype=torch.bfloat16)
-    return TrainResult(out_dir, run.at.step, run.at.tokens, run.at.seconds, run.log.last)
+    return TrainResult(run.folder, run.at.step, run.at.tokens, run.at.seconds, run.log.last)
 
 
 class _Run:
@@ -90,7 +114,9 @@ class _Run:
     def __init__(self, model: DeepseekV3, settings: TrainSettings, out_dir: Path, eval_hook: EvalHook | None) -> None:
         if any(p.dtype != torch.float32 for p in model.parameters()):
             raise ValueError("the model to train is not float32; for bf16 training keep it so and set bf16=True")
-        self.model, self.settings, self.eval_hook = model, settings, eval_hook
+        if not model.mtp_layers and (settings.trainable == "mtp" or settings.mtp_recursion):
+            raise ValueError("the model has no MTP module, which trainable: mtp and mtp_recursion ask for")
+        self.model, self.settings, self.folder, self.eval_hook = model, settings, out_dir, eval_hook
         self.device = next(model.parameters()).device
         self.balance = LoadBalance(model)
         self.threads = torch.get_num_threads()
@@ -137,7 +163,7 @@ class _Run:
         rate = self._set_rate()
         self.model.train()
         whole = self._gradients(batch)
-        for parameter, gradient in zip(self.model.parameters(), whole.gradients, strict=True):
+        for parameter, gradient in zip(trained(self.model), whole.gradients, strict=True):
             parameter.grad = gradient
         limit = settings.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -191,7 +217,7 @@ class _Run:
         mtp_weight = settings.mtp_weight
         if settings.mtp_weight_late is not None and self.at.tokens >= settings.mtp_late_from * settings.total_tokens:
             mtp_weight = settings.mtp_weight_late
-        return Objective(mtp_weight, settings.balance_loss, settings.bf16)
+        return Objective(mtp_weight, settings.balance_loss, settings.bf16, settings.mtp_recursion)
 
     def _afterwards(self) -> None:
         settings, step = self.settings, self.at.step
@@ -257,13 +283,13 @@ def _optimizer(model: DeepseekV3, settings: TrainSettings) -> torch.optim.Optimi
     if settings.optimizer == "muon":
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
         embeddings |= {id(model.lm_head.weight)}
-        hidden = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
-        others = [p for p in model.parameters() if p.dim() < 2 or id(p) in embeddings]
+        hidden = [p for p in trained(model) if p.dim() >= 2 and id(p) not in embeddings]
+        others = [p for p in trained(model) if p.dim() < 2 or id(p) in embeddings]
         return MuonAdamW(
             hidden, others, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
         )
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in trained(model) if p.dim() >= 2]
+    vectors = [p for p in trained(model) if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
 

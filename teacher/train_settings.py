@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from teacher.schedule import Schedule
 
 # What a resumed run may change: none of it touches the weights that come out.
-FREE_TO_CHANGE = {"eval_every", "log_every", "checkpoint_every", "print_every"}
+FREE_TO_CHANGE = {"recompute", "eval_every", "log_every", "checkpoint_every", "print_every"}
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,18 @@ class TrainSettings:
     """alpha of the sequence-wise balance loss (V3 eq. 17; there 0.0001); 0: none."""
     mtp_weight: float = 0.3
     """lambda of the multi-token-prediction loss (V3 eq. 25); 0 leaves the MTP modules untrained."""
+    mtp_recursion: int = 0
+    """Steps that the last MTP module makes on its own output, after each module's first: what a draft of several
+    tokens asks of one module. They count as depths: lambda weighs the mean of all."""
     mtp_weight_late: float | None = None
     """lambda from `mtp_late_from` of the budget on; None: the same throughout (V3: 0.3, then 0.1)."""
     mtp_late_from: float = 0.67
     """V3 changed lambda after 10 of 14.8 trillion tokens."""
 
+    trainable: Literal["all", "mtp"] = "all"
+    """mtp: only the MTP modules; every other weight, embedding, head and selection biases too, stays as it is."""
+    recompute: bool = False
+    """Activation checkpointing: a layer keeps only its input, and runs again when its gradient is taken."""
     bf16: bool = False
     """bfloat16 autocast over float32 master weights. Pays on a GPU, and on a CPU with matrix units (AMX)."""
     eval_every: int = 0
@@ -73,7 +80,7 @@ class TrainSettings:
         for name in ("total_tokens", "tokens_per_step", "micro_tokens", "seq_len", "checkpoint_every", "log_every"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_tokens", "weight_decay", "grad_clip", "balance_speed", "balance_loss", "mtp_weight",
-                     "eval_every", "print_every"):  # fmt: skip
+                     "mtp_recursion", "eval_every", "print_every"):  # fmt: skip
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         for name in ("decay_fraction", "final_fraction", "mtp_late_from"):
             _require(0 <= getattr(self, name) <= 1, self, name, "between 0 and 1")
@@ -81,6 +88,10 @@ class TrainSettings:
         _require(self.learning_rate > 0, self, "learning_rate", "above 0")
         _require(self.optimizer in ("adamw", "muon"), self, "optimizer", "adamw or muon")
         _require(self.schedule in get_args(Schedule), self, "schedule", f"one of {', '.join(get_args(Schedule))}")
+        _require(self.trainable in ("all", "mtp"), self, "trainable", "all or mtp")
+        if self.trainable == "mtp":
+            for name in ("mtp_weight", "mtp_weight_late"):
+                _require(getattr(self, name) != 0, self, name, "above 0 where trainable is mtp")
         for name in ("tokens_per_step", "micro_tokens"):
             _require(getattr(self, name) >= self.seq_len, self, name, f"at least seq_len ({self.seq_len})")
 
@@ -89,7 +100,8 @@ class TrainSettings:
         for field in fields(self):
             if field.name in FREE_TO_CHANGE:
                 continue
-            ours, theirs = getattr(self, field.name), stored.get(field.name)
+            # A setting that did not exist yet was as its default is.
+            ours, theirs = getattr(self, field.name), stored.get(field.name, field.default)
             ours = list(ours) if isinstance(ours, tuple) else ours
             if ours != theirs:
                 raise ValueError(
