@@ -133,7 +133,7 @@ class DeepseekV3Config:
             raise ValueError(f"{path}: no such file; a model folder needs a config.json")
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{path}: expected a JSON object, found {type(fields).__name__}")

@@ -159,6 +159,7 @@ def test_the_command_loads_no_torch():
     [
         (None, "no such config.json or model folder"),
         ("{", "not valid JSON"),
+        ("[" * 200_000, "not valid JSON"),
         ("[]", "expected a JSON object, found list"),
         ('{"model_type": "qwen2"}', "model_type is 'qwen2'; expected 'deepseek_v3'"),
         ('{"model_type": "deepseek_v3", "hidden_size": "7168"}', "hidden_size is '7168'; expected a positive integer"),
