@@ -1,7 +1,7 @@
 """The commands. Nothing heavy is imported before a command runs: `distill --help` must come at once."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -136,6 +136,40 @@ def inspect_teacher(
     from distill import teacher_inspect
 
     teacher_inspect.run(model, cache_tokens, as_json=as_json)
+
+
+@teacher_app.command("serve")
+def serve_teacher(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a shipped model's name.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name that clients use, several if given again; else the folder's.")
+    ] = None,
+    reasoning_parser: Annotated[
+        Literal["deepseek_r1", "none"],
+        typer.Option(help="Split replies at </think> into reasoning and content."),
+    ] = "deepseek_r1",
+    batch_size: Annotated[int, typer.Option(min=1, help="Most sequences running at once.")] = 256,
+    max_len: Annotated[int | None, typer.Option(min=2, help="Most tokens a sequence; else the context.")] = None,
+    cache_tokens: Annotated[int | None, typer.Option(min=2, help="Room of the latent cache; else by memory.")] = None,
+    speculate: Annotated[int, typer.Option(min=0, help="Tokens that the MTP head drafts a step.")] = 0,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Sequences waiting before calls get 429.")] = 1024,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the weights; else the checkpoint's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight have after SIGTERM.")] = 30,
+) -> None:
+    """Serve OpenAI's endpoints; the key clients must send is DISTILL_API_KEY's, if set."""
+    from distill import teacher_serve
+
+    options = teacher_serve.ServeOptions(
+        host=host, port=port, names=tuple(served_model_name or ()), reasoning_parser=reasoning_parser,
+        batch_size=batch_size, max_len=max_len, cache_tokens=cache_tokens, speculate=speculate,
+        max_waiting=max_waiting, dtype=dtype, device=device, grace=grace,
+    )  # fmt: skip
+    teacher_serve.run(model, options)
 
 
 @base_app.command("train")
