@@ -3,6 +3,8 @@
 DeepSeek-V3 section 3.3.2: weights in blocks of 128 x 128, activations in tiles of 1 x 128 along the inner dimension,
 scale = amax / 448 of the block at hand. Plain torch: the definition that kernels are tested against, and what runs
 where they cannot. A last block may be ragged; its scale is that of the values it has (README_WEIGHTS of DeepSeek-V3).
+transformers 5.19, where it dequantises (on a CPU), takes the rows divided by the number of scales for the block: V3's
+own kv_a_proj_with_mqa of 576 rows in 5 blocks it refuses, and 240 rows in 2 blocks it reads wrongly.
 
 Shapes: R rows, C columns, r = ceil(R / block rows), c = ceil(C / block columns).
 """

@@ -53,7 +53,7 @@ def rotation_scale(config: DeepseekV3Config) -> float:
     """What cos and sin are multiplied by; 1 for DeepSeek-V3, whose mscale equals its mscale_all_dim.
 
     As DeepSeek's own modelling code and vLLM: a missing `mscale` is 1, a missing `mscale_all_dim` 0. transformers
-    differs when exactly one of the two is given (it then ignores both).
+    (5.17, 5.19) differs when exactly one of the two is given: it then ignores both here.
     """
     rope = config.rope_scaling
     if rope is None:
@@ -80,7 +80,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
 
     `interleave` says how pairs lie in `x`: (x0, x1), (x2, x3), … as in DeepSeek's weights, or first half with second
     half. The result always has first halves, then second halves: scores do not see the order as long as queries and
-    keys agree, and the cache then has one layout. Computed in the dtype of cos (fp32), returned in that of `x`.
+    keys agree, and the cache then has one layout. Computed in the dtype of cos (fp32), returned in that of `x`, as in
+    DeepSeek's inference/model.py; transformers rounds cos and sin to the dtype of `x` first.
     """
     first, second = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -52,9 +52,10 @@ class Router(nn.Module):
 def choose_experts(biased_NE: Tensor, n_group: int, topk_group: int, top_k: int) -> Tensor:
     """The `top_k` best experts (int64, (N, K)) among the `topk_group` groups whose two best experts sum highest.
 
-    Experts of the other groups are masked with -inf, as in DeepSeek's inference/model.py. Masking with 0, as
-    transformers' code for this model long did, lets an unselected expert win whenever the biased scores of the
-    selected groups are negative, which a small score with a small negative bias makes happen.
+    Experts of the other groups are masked with -inf, as in DeepSeek's inference/model.py. Masking with 0 lets an
+    unselected expert win whenever the biased scores of the selected groups are negative, which a small score with a
+    small negative bias makes happen. transformers long masked with 0; 5.17 and 5.19 mask with -inf in this model, and
+    still with 0 in others that copied it (mistral4, axk2).
     """
     if topk_group < n_group:
         grouped_NGE = biased_NE.unflatten(-1, (n_group, -1))

@@ -9,18 +9,14 @@ from teacher.config import DeepseekV3Config
 from tests.tiny import deepseek_config
 
 
-def random_config(seed: int) -> DeepseekV3Config:
-    rng = random.Random(seed)
+def random_config(draw: random.Random | int) -> DeepseekV3Config:
+    """A config from a seed, or from a generator of hypothesis's `st.randoms`, which can shrink it."""
+    rng = random.Random(draw) if isinstance(draw, int) else draw
     groups = rng.choice([1, 2, 4])
     topk_group = rng.randint(1, groups)
     per_group = rng.choice([2, 3, 4])
     heads = rng.choice([1, 2, 4])
     layers = rng.randint(1, 4)
-    rope: dict[str, Any] | None = None
-    if rng.random() < 0.6:
-        rope = {"type": "yarn", "factor": rng.choice([1.0, 4.0, 40.0]), "original_max_position_embeddings": 64}
-        rope |= rng.choice([{}, {"beta_fast": 32, "beta_slow": 1}, {"beta_fast": 8, "beta_slow": 2}])
-        rope |= rng.choice([{}, {"mscale": 1.0, "mscale_all_dim": 1.0}, {"mscale": 0.7, "mscale_all_dim": 1.2}])
     return deepseek_config(
         vocab_size=rng.choice([50, 97]),
         hidden_size=rng.choice([16, 24, 40]),
@@ -45,13 +41,22 @@ def random_config(seed: int) -> DeepseekV3Config:
         v_head_dim=rng.choice([4, 8, 24]),
         attention_bias=rng.random() < 0.2,
         rope_theta=rng.choice([1e4, 1e6]),
-        rope_scaling=rope,
+        rope_scaling=_random_yarn(rng) if rng.random() < 0.6 else None,
         rope_interleave=rng.random() < 0.6,
         max_position_embeddings=256,
+        rms_norm_eps=rng.choice([1e-6, 1e-5]),
         bos_token_id=None,
         eos_token_id=3,
         pad_token_id=None,
     )
+
+
+def _random_yarn(rng: random.Random) -> dict[str, Any]:
+    """YaRN's settings. mscale and mscale_all_dim come together or not at all: with one alone transformers differs."""
+    rope: dict[str, Any] = {"type": "yarn", "factor": rng.choice([1.0, 4.0, 40.0])}
+    rope["original_max_position_embeddings"] = rng.choice([16, 64])
+    rope |= rng.choice([{}, {"beta_fast": 32, "beta_slow": 1}, {"beta_fast": 8, "beta_slow": 2}])
+    return rope | rng.choice([{}, {"mscale": 1.0, "mscale_all_dim": 1.0}, {"mscale": 0.7, "mscale_all_dim": 1.2}])
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:

@@ -184,9 +184,9 @@ def test_config_that_contradicts_the_tensors(folder):
     refused(folder, "tensor(s) missing, the first is model.layers.2.eh_proj.weight")
     set_config(folder, num_hidden_layers=4, num_nextn_predict_layers=0)
     refused(folder, WEIGHTS, "not of this model, the first is model.layers.3.eh_proj.weight")
-    set_config(folder, num_hidden_layers=3, num_nextn_predict_layers=1, n_routed_experts=4)
+    set_config(folder, num_hidden_layers=3, num_nextn_predict_layers=1, n_routed_experts=4, n_group=2)
     refused(folder, WEIGHTS, "not of this model, the first is model.layers.1.mlp.experts.4.down_proj.weight")
-    set_config(folder, n_routed_experts=8, q_lora_rank=None)
+    set_config(folder, n_routed_experts=8, n_group=4, q_lora_rank=None)
     refused(folder, "missing, the first is model.layers.0.self_attn.q_proj.weight")
 
 
