@@ -21,7 +21,6 @@ from torch import Tensor
 
 from teacher.requests import TokenLogprobs
 from teacher.runner import Batch
-from teacher.sampling import Settings, sample
 from teacher.slots import Slots
 
 # Slot of a sequence -> slots of those that start as its copies, and (from, to) of the pages to copy.
@@ -37,6 +36,8 @@ class Runner(Protocol):
     def draft(
         self, hidden_NH: Tensor, batch: Batch, first_B: np.ndarray, wanted_M: np.ndarray
     ) -> tuple[Tensor, Tensor]: ...
+
+    def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray: ...
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None: ...
 
@@ -65,7 +66,7 @@ def decode(runner: Runner, slots: Slots, rows_B: np.ndarray, drafts: int, wanted
     logits_NV, hidden_NH = runner.forward(
         Batch(tokens_N, position_N, rows_B, count_B, slots.table_SP), np.arange(len(tokens_N))
     )
-    drawn_N = draw(logits_NV, slots, slot_N, position_N + 1 - slots.prompt_S[slot_N])
+    drawn_N = runner.draw(logits_NV, slots, slot_N, position_N + 1 - slots.prompt_S[slot_N])
 
     # A draft is right if the model drew it at the position before; what follows the first wrong one is void.
     right_N = np.zeros(len(tokens_N), dtype=bool)
@@ -106,7 +107,7 @@ def _decode_plainly(runner: Runner, slots: Slots, rows_B: np.ndarray, wanted: Wa
     slots.cached_S[rows_B] = length_B
     slots.drafts_S[rows_B] = 0
     slots.drafted_from_S[rows_B] = -1
-    return _append(slots, rows_B, logits_BV, wanted)
+    return _append(runner, slots, rows_B, logits_BV, wanted)
 
 
 def prefill(
@@ -137,16 +138,18 @@ def prefill(
     slots.cached_S[rows_R] = slots.length_S[rows_R]
     found = Round({}, {})
     if new_R:
-        found = _append(slots, rows_R, logits_MV[torch.from_numpy(np.array(source_R)).to(logits_MV.device)], wanted)
+        found = _append(
+            runner, slots, rows_R, logits_MV[torch.from_numpy(np.array(source_R)).to(logits_MV.device)], wanted
+        )
     if drafts:
         _draft_prompts(runner, slots, batch, hidden_NH, complete_B, followers, drafts)
     return found
 
 
-def _append(slots: Slots, rows_B: np.ndarray, logits_BV: Tensor, wanted: Wanted) -> Round:
+def _append(runner: Runner, slots: Slots, rows_B: np.ndarray, logits_BV: Tensor, wanted: Wanted) -> Round:
     """Draw a token for each sequence from its logits."""
     length_B = slots.length_S[rows_B]
-    drawn_B = draw(logits_BV, slots, rows_B, length_B - slots.prompt_S[rows_B])
+    drawn_B = runner.draw(logits_BV, slots, rows_B, length_B - slots.prompt_S[rows_B])
     slots.tokens_SW[rows_B, length_B] = drawn_B
     slots.length_S[rows_B] += 1
     stop_B = (drawn_B[:, None] == slots.stop_SN[rows_B]).any(1)
@@ -212,7 +215,7 @@ def go_on(
         last_B = batch.last_B
         logits_BV, out_NH = runner.draft(hidden_NH, batch, first_B, last_B)
         length_B = slots.length_S[rows_B] + depth
-        tokens_N = draw(logits_BV, slots, rows_B, length_B - slots.prompt_S[rows_B])
+        tokens_N = runner.draw(logits_BV, slots, rows_B, length_B - slots.prompt_S[rows_B])
         slots.draft_SG[rows_B, depth] = tokens_N
         if depth + 1 < drafts:
             hidden_NH = out_NH if depth else out_NH[torch.from_numpy(last_B).to(out_NH.device)]
@@ -220,18 +223,6 @@ def go_on(
             position_N = np.minimum(position_N[last_B] + 1, slots.tokens_SW.shape[1] - 1)
             count_B = np.ones_like(rows_B)
     slots.drafts_S[rows_B] = drafts
-
-
-def draw(logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray:
-    """The token of each row: the `counter_M`-th of the request in `slot_M`."""
-    device = logits_MV.device
-    settings = Settings(
-        *(
-            torch.from_numpy(x[slot_M]).to(device)
-            for x in (slots.temperature_S, slots.top_p_S, slots.top_k_S, slots.min_p_S, slots.seed_S)
-        )
-    )
-    return sample(logits_MV, settings, torch.from_numpy(counter_M).to(device)).cpu().numpy()
 
 
 def token_logprobs(logits_TV: Tensor, tokens_T: np.ndarray, most: int) -> list[TokenLogprobs]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Sequence_
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from teacher.cache import LatentCache
 from teacher.decoding import Round, Runner, decode, prefill
 from teacher.model import DeepseekV3
+from teacher.native.runner import native_runners
 from teacher.pages import PagePool
 from teacher.requests import Completion, EngineStats, FinishReason, Request, Update
 from teacher.runner import TorchRunner
@@ -43,6 +45,7 @@ class Engine:
     (default: what they need, at most 1 GiB, on a GPU at most 80% of the free memory). `prefill_tokens` bounds the
     prompt tokens of a step. `speculate` is how many tokens the MTP module drafts a step, while no more than
     `speculate_rows` sequences run. `threads` CPU threads each take a share of the sequences (default: torch's number).
+    `native` lets a float32 model on a CPU run in C (see teacher/native) where there is a compiler.
     Raises ValueError on sizes that the model cannot have.
     """
 
@@ -59,6 +62,7 @@ class Engine:
         speculate: int = 0,
         speculate_rows: int = 8,
         threads: int | None = None,
+        native: bool = True,
     ) -> None:
         context = model.config.max_position_embeddings
         max_len = context if max_len is None else max_len
@@ -94,7 +98,8 @@ class Engine:
         self._pool_of_threads = (
             ThreadPoolExecutor(self._threads, "engine", torch.set_num_threads, (1,)) if self._threads > 1 else None
         )
-        self._runners: list[Runner] = [TorchRunner(model, self._cache) for _ in range(self._threads)]
+        in_c = native_runners(model, self._cache, self._threads) if native else None
+        self._runners: Sequence_[Runner] = in_c or [TorchRunner(model, self._cache) for _ in range(self._threads)]
         self._live: dict[str, Sequence] = {}
         self._cancelled: list[str] = []
         self._ended: dict[str, Completion] = {}  # of generations that have not taken them yet

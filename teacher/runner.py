@@ -16,6 +16,8 @@ from teacher.attention import CacheView
 from teacher.cache import LatentCache
 from teacher.config import DeepseekV3Config
 from teacher.model import DeepseekV3
+from teacher.sampling import Settings, sample
+from teacher.slots import Slots
 
 
 class Batch(NamedTuple):
@@ -69,6 +71,17 @@ class TorchRunner:
         out_NH = layout.flat(out_BTH)
         wanted_MH = out_NH[_index(wanted_M, self.device)]
         return self.model.lm_head(self.model.mtp_layers[0].shared_head.norm(wanted_MH)), out_NH
+
+    @torch.inference_mode()
+    def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray:
+        """The token of each row of logits: the `counter_M`-th of the request in slot `slot_M`."""
+        settings = Settings(
+            *(
+                _index(x[slot_M], self.device)
+                for x in (slots.temperature_S, slots.top_p_S, slots.top_k_S, slots.min_p_S, slots.seed_S)
+            )
+        )
+        return sample(logits_MV, settings, _index(counter_M, self.device)).cpu().numpy()
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages of the cache, (from, to)."""

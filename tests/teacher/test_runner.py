@@ -8,7 +8,11 @@ import torch
 
 from teacher import load_model
 from teacher.cache import LatentCache
+from teacher.native.build import build, sgemm
+from teacher.native.pack import Packed, sizes
+from teacher.native.runner import NativeRunner, native_runners
 from teacher.runner import Batch, TorchRunner, absorbed_is_cheaper
+from teacher.slots import Slots
 from tests.teacher.random_configs import random_config, randomize
 from tests.tiny import deepseek_config
 
@@ -52,8 +56,23 @@ def grown(runner, sequences, page_size, rng):
             done[row] += count
 
 
+def runner_in(language, model, cache):
+    if language == "torch":
+        return TorchRunner(model, cache)
+    return native_runner(model, cache)
+
+
+def native_runner(model, cache):
+    """The C step whatever the sizes, where this machine can build it."""
+    library = build(sizes(model.config, cache.page_size))
+    if library is None or sgemm() is None:
+        pytest.skip("no C compiler, or a torch whose BLAS cannot be called")
+    return NativeRunner(model, cache, Packed(model), library)
+
+
+@pytest.mark.parametrize("language", ["torch", "c"])
 @pytest.mark.parametrize("seed", range(8))
-def test_steps_of_any_size_equal_the_whole_at_once(seed):
+def test_steps_of_any_size_equal_the_whole_at_once(seed, language):
     model = fresh(seed)
     config, rng = model.config, random.Random(seed)
     sequences_BT = torch.randint(0, config.vocab_size, (4, 30))
@@ -63,19 +82,23 @@ def test_steps_of_any_size_equal_the_whole_at_once(seed):
     if page_size == 1:
         sequences_BT = sequences_BT[:, :12]
     cache = LatentCache(config, config.num_hidden_layers, 60, page_size, torch.float32, "cpu")
+    if language == "c":
+        cache.latents_LPGC.fill_(float("nan"))  # what is not written must not be read
     scale = whole.logits.abs().max()
-    for row, position, logits_V, hidden_H in grown(TorchRunner(model, cache), sequences_BT.tolist(), page_size, rng):
+    runner = runner_in(language, model, cache)
+    for row, position, logits_V, hidden_H in grown(runner, sequences_BT.tolist(), page_size, rng):
         torch.testing.assert_close(hidden_H, whole.hidden[row, position], rtol=1e-4, atol=1e-4)
         assert logits_V is None or (logits_V - whole.logits[row, position]).abs().max() < 1e-4 * scale
 
 
-def test_draft_module_over_its_cache_equals_training_forward():
+@pytest.mark.parametrize("language", ["torch", "c"])
+def test_draft_module_over_its_cache_equals_training_forward(language):
     model = fresh(1, num_nextn_predict_layers=1)
     ids_BT = torch.randint(0, 263, (1, 21))
     with torch.inference_mode():
         whole = model(ids_BT, mtp=True)
     cache = LatentCache(model.config, model.config.num_hidden_layers + 1, 8, 4, torch.float32, "cpu")
-    runner = TorchRunner(model, cache)
+    runner = runner_in(language, model, cache)
     table_SP = np.array([[5, 2, 7, 1, 3, 8]], dtype=np.int32)
     for first, end in ((0, 7), (7, 8), (8, 20)):
         batch = Batch(
@@ -93,3 +116,55 @@ def test_absorbed_form_for_decoding_and_expanded_for_prefill():
     assert absorbed_is_cheaper(big, new=1, context=4096)
     assert absorbed_is_cheaper(big, new=4, context=4096)
     assert not absorbed_is_cheaper(big, new=2048, context=4096)
+
+
+def test_the_draft_module_looks_no_further_back_than_told():
+    model = fresh(2, num_nextn_predict_layers=1)
+    hidden_NH, tokens_N = torch.randn(6, 32), np.arange(6, dtype=np.int32)
+    found = []
+    for language in ("torch", "c"):
+        for poison in (0.0, 3.0):
+            cache = LatentCache(model.config, model.config.num_hidden_layers + 1, 8, 4, torch.float32, "cpu")
+            cache.latents_LPGC[-1, 1] = poison  # positions 0 to 3, which nobody may see
+            runner = runner_in(language, model, cache)
+            batch = Batch(
+                tokens_N, np.arange(4, 10), np.array([0]), np.array([6]), np.array([[1, 2, 3]], dtype=np.int32)
+            )
+            found.append(runner.draft(hidden_NH, batch, np.array([4]), np.arange(6))[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_draws_in_c_are_those_of_torch():
+    model = fresh(0)
+    cache = LatentCache(model.config, model.config.num_hidden_layers, 4, 4, torch.float32, "cpu")
+    runner = native_runner(model, cache)
+    rng, rows = np.random.default_rng(0), 3000
+    slots = Slots(rows, 8, 4, 0)
+    slots.temperature_S[:] = rng.choice([0.0, 0.3, 0.6, 1.0, 2.0], rows)
+    slots.top_p_S[:] = rng.choice([0.1, 0.8, 0.95, 1.0], rows)
+    slots.top_k_S[:] = rng.choice([0, 0, 1, 5, 40, 1000], rows)
+    slots.min_p_S[:] = rng.choice([0.0, 0.0, 0.001, 0.1, 1.0], rows)
+    slots.seed_S[:] = rng.integers(-(2**63), 2**63, rows)
+    slot_M, counter_M = rng.permutation(rows), rng.integers(0, 2**40, rows)
+    vocabulary = model.config.vocab_size
+    logits_MV = torch.from_numpy(rng.normal(size=(rows, vocabulary)).astype(np.float32)) * torch.rand(rows, 1) * 8
+    logits_MV[::7, vocabulary // 2 :] = float("-inf")
+    expected = TorchRunner(model, cache).draw(logits_MV, slots, slot_M, counter_M)
+    found = runner.draw(logits_MV, slots, slot_M, counter_M)
+    assert (found != expected).sum() <= 1  # float32 sums in another order may move one draw in a million
+    assert len(set(expected.tolist())) > vocabulary // 2
+
+
+def test_large_or_half_precision_models_run_in_torch():
+    half = load_model(deepseek_config(), dtype="bfloat16")
+    cache = LatentCache(half.config, half.config.num_hidden_layers, 4, 4, torch.bfloat16, "cpu")
+    assert native_runners(half, cache, 1) is None
+
+
+def test_without_a_compiler_the_engine_runs_in_torch(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    model = load_model(deepseek_config(vocab_size=264))
+    cache = LatentCache(model.config, model.config.num_hidden_layers, 4, 4, torch.float32, "cpu")
+    assert native_runners(model, cache, 1) is None
+    monkeypatch.delenv("CC")

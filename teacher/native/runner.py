@@ -1,0 +1,134 @@
+"""The engine's step on a CPU in one call to C: `TorchRunner` for float32 models of laptop size.
+
+At batch 1 operators of torch take ten times as long to launch as to run on a model of this size, and at batch 256 half
+of the time goes to small element-wise ones and to gathering pages; step.c does neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teacher.cache import LatentCache
+from teacher.model import DeepseekV3
+from teacher.native.build import build, sgemm
+from teacher.native.pack import Packed, absorbed_parameters, sizes
+from teacher.runner import Batch
+from teacher.slots import Slots
+
+_MOST_BYTES = 2 * 1024**3  # of packed weights, which lie beside the model's own
+
+
+class _Step(ctypes.Structure):
+    """`Step` of step.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "slots", "table")),
+        *((name, ctypes.c_int64) for name in ("count", "table_width", "longest")),
+    ]
+
+
+class NativeRunner:
+    """See TorchRunner. Several may share one `packed`; each has its own working memory, so each may have a thread."""
+
+    def __init__(self, model: DeepseekV3, cache: LatentCache, packed: Packed, library: ctypes.CDLL) -> None:
+        self.cache, self.packed, self.library = cache, packed, library
+        address = sgemm()
+        assert address is not None
+        self._model = packed.struct(cache.latents_LPGC, address)
+        self._hidden, self._vocab = model.config.hidden_size, model.config.vocab_size
+        self._work = torch.empty(0)
+
+    def forward(self, batch: Batch, wanted_M: np.ndarray) -> tuple[Tensor, Tensor]:
+        step, kept = self._step(batch)
+        wanted_M = np.ascontiguousarray(wanted_M, dtype=np.int64)
+        hidden_NH, logits_MV = torch.empty(step.count, self._hidden), torch.empty(len(wanted_M), self._vocab)
+        self.library.forward(
+            ctypes.byref(self._model), ctypes.byref(step), ctypes.c_int64(len(wanted_M)), _pointer(wanted_M),
+            self._workspace(step), _address(hidden_NH), _address(logits_MV),
+        )  # fmt: skip
+        del kept
+        return logits_MV, hidden_NH
+
+    def draft(
+        self, hidden_NH: Tensor, batch: Batch, first_B: np.ndarray, wanted_M: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        step, kept = self._step(batch)
+        first_N = np.repeat(first_B, batch.count_B)
+        wanted_M = np.ascontiguousarray(wanted_M, dtype=np.int64)
+        out_NH, logits_MV = torch.empty(step.count, self._hidden), torch.empty(len(wanted_M), self._vocab)
+        hidden_NH = hidden_NH.contiguous()
+        self.library.draft(
+            ctypes.byref(self._model), ctypes.byref(step), _address(hidden_NH), _pointer(first_N),
+            ctypes.c_int64(len(wanted_M)), _pointer(wanted_M), self._workspace(step), _address(out_NH),
+            _address(logits_MV),
+        )  # fmt: skip
+        del kept
+        return logits_MV, out_NH
+
+    def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray:
+        logits_MV = logits_MV.contiguous()
+        rows = [
+            x[slot_M] for x in (slots.temperature_S, slots.top_p_S, slots.top_k_S, slots.min_p_S, slots.seed_S)
+        ]  # fmt: skip
+        counter_M = np.ascontiguousarray(counter_M, dtype=np.int64)
+        tokens_M = np.empty(len(slot_M), dtype=np.int64)
+        work = np.empty(3 * self._vocab, dtype=np.float32)
+        self.library.sample(
+            _address(logits_MV), ctypes.c_int64(len(slot_M)), ctypes.c_int64(self._vocab), *map(_pointer, rows),
+            _pointer(counter_M), _pointer(work), _pointer(tokens_M),
+        )  # fmt: skip
+        return tokens_M
+
+    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        for source, target in pairs:
+            self.cache.copy_page(source, target)
+
+    def _step(self, batch: Batch) -> tuple[_Step, list[np.ndarray]]:
+        """The batch for C, and the arrays it points to."""
+        kept = [
+            np.ascontiguousarray(batch.tokens_N, dtype=np.int32),
+            np.ascontiguousarray(batch.position_N, dtype=np.int64),
+            np.repeat(batch.slot_B, batch.count_B).astype(np.int64, copy=False),
+            batch.table_SP,
+        ]
+        assert kept[3].flags.c_contiguous and kept[3].dtype == np.int32
+        longest = int(batch.position_N.max()) + 1
+        return _Step(*map(_pointer, kept), len(kept[0]), kept[3].shape[1], longest), kept
+
+    def _workspace(self, step: _Step) -> ctypes.c_void_p:
+        need = self.library.workspace(
+            ctypes.byref(self._model), ctypes.c_int64(step.count), ctypes.c_int64(step.longest)
+        )
+        if self._work.numel() < need:
+            self._work = torch.empty(need * 5 // 4)
+        return _address(self._work)
+
+
+def native_runners(model: DeepseekV3, cache: LatentCache, count: int) -> list[NativeRunner] | None:
+    """`count` runners that share their weights, or None where C does not serve this model or this machine."""
+    weight, config = model.lm_head.weight, model.config
+    absorbed, plain = absorbed_parameters(config)
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or absorbed > 1.5 * plain:
+        return None
+    if sum(parameter.numel() for parameter in model.parameters()) * 4 > _MOST_BYTES or sgemm() is None:
+        return None
+    library = build(sizes(config, cache.page_size))
+    if library is None:
+        return None
+    library.workspace.restype = ctypes.c_int64
+    for function in (library.forward, library.draft, library.sample):
+        function.restype = None
+    packed = Packed(model)
+    return [NativeRunner(model, cache, packed, library) for _ in range(count)]
+
+
+def _pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

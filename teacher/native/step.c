@@ -1,0 +1,294 @@
+// One step of the model over cached sequences on a CPU in float32: the whole of `TorchRunner.forward` and `.draft` in two
+// calls, so that no time goes to launching operators (at batch 1 they take most of it) and attention reads the pages
+// where they lie. Compiled on the machine it runs on, for the sizes of one model: they are macros, so that every loop
+// over them has a constant length. The large products are torch's own BLAS, whose `sgemm` is handed in.
+//
+// Matrices are row-major, (in, out). Attention is in the absorbed form with weights multiplied out beforehand: `query`
+// maps to each head's R latent and D rotary values, `out` maps each head's attended latent to the hidden state.
+// Rotary pairs are first half with second half; the weights are ordered so. See teacher/native.py for the packing.
+//
+// HIDDEN, VOCAB, HEADS, RANK (R), ROPE (D), QRANK (0: queries come straight from the hidden state), EXPERTS, TOP_K,
+// GROUPS, TOP_GROUPS, INNER (of a routed expert), PAGE (tokens a page); LATENT = R + D.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "maths.h"
+
+#define LATENT (RANK + ROPE)
+#define DOWN (QRANK + LATENT)
+#define HALF (ROPE / 2)
+#define WIDE (HEADS * LATENT)
+
+typedef void (*Sgemm)(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
+                      const int *, const float *, const int *, const float *, float *, const int *);
+
+typedef struct {
+    const float *input_norm, *post_norm;
+    const float *down, *down_bias, *q_norm, *kv_norm, *query, *out, *out_bias;
+    const float *gate, *gate_bias, *expert_up, *expert_down;  // no gate: a dense layer
+    const float *up, *down_proj;                              // dense layer or shared expert; may be absent
+    const float *enorm, *hnorm, *joint, *head_norm;           // of a draft module
+    int64_t inner;                                            // of the dense layer or shared expert
+} Layer;
+
+typedef struct {
+    const float *embed, *norm, *head, *cosine, *sine;  // the tables are (position, HALF)
+    float *cache;                                      // (layer, page, PAGE, LATENT)
+    const Layer *layers;
+    Sgemm sgemm;
+    int64_t depth, layer_stride, widest;  // main layers; floats of cache a layer; the largest inner size
+    float eps, scale, routed_scale;
+    int32_t norm_topk;
+} Model;
+
+typedef struct {
+    const int32_t *tokens;
+    const int64_t *positions, *slots;  // of each new token
+    const int32_t *table;              // (slot, table_width): pages
+    int64_t count, table_width, longest;  // new tokens; pages a slot; highest position plus 1
+} Step;
+
+static void product(const Model *model, int rows, int inner, int outer, const float *x, const float *weight, float *out,
+                    float beta) {
+    const float one = 1.0f;
+    model->sgemm("N", "N", &outer, &rows, &inner, &one, weight, &outer, x, &inner, &beta, out, &outer);
+}
+
+static inline void normalise(const float *x, const float *weight, int size, float eps, float *out) {
+    float sum = 0.0f;
+    SIMD_SUM(sum) for (int i = 0; i < size; i++) sum += x[i] * x[i];
+    const float factor = 1.0f / sqrtf(sum / (float)size + eps);
+    SIMD for (int i = 0; i < size; i++) out[i] = x[i] * factor * weight[i];
+}
+
+static inline void rotate(float *x, const float *cosine, const float *sine) {
+    SIMD for (int i = 0; i < HALF; i++) {
+        const float first = x[i], second = x[HALF + i];
+        x[i] = first * cosine[i] - second * sine[i];
+        x[HALF + i] = second * cosine[i] + first * sine[i];
+    }
+}
+
+// Softmax attention of one token's heads over positions first..end-1; all heads read the same cache entry.
+static void attend(const Model *model, const float *cache, const int32_t *pages, int64_t first, int64_t end,
+                   const float *query, float *scores, float *out) {
+    float most[HEADS], total[HEADS];
+    for (int h = 0; h < HEADS; h++) most[h] = -INFINITY, total[h] = 0.0f;
+    const int64_t width = end - first;
+    for (int64_t t = first; t < end; t++) {
+        const float *key = cache + ((int64_t)pages[t / PAGE] * PAGE + t % PAGE) * LATENT;
+        for (int h = 0; h < HEADS; h++) {
+            float sum = 0.0f;
+            SIMD_SUM(sum) for (int i = 0; i < LATENT; i++) sum += query[h * LATENT + i] * key[i];
+            sum *= model->scale;
+            scores[h * width + t - first] = sum;
+            most[h] = sum > most[h] ? sum : most[h];
+        }
+    }
+    for (int h = 0; h < HEADS; h++) {
+        float sum = 0.0f, *s = scores + h * width;
+        const float top = most[h];
+        SIMD_SUM(sum) for (int64_t t = 0; t < width; t++) {
+            s[t] = exponential(s[t] - top);
+            sum += s[t];
+        }
+        total[h] = sum;
+    }
+    float sums[HEADS * RANK] = {0};
+    for (int64_t t = first; t < end; t++) {
+        const float *value = cache + ((int64_t)pages[t / PAGE] * PAGE + t % PAGE) * LATENT;
+        for (int h = 0; h < HEADS; h++) {
+            const float share = scores[h * width + t - first];
+            SIMD for (int i = 0; i < RANK; i++) sums[h * RANK + i] += share * value[i];
+        }
+    }
+    for (int h = 0; h < HEADS; h++) {
+        const float factor = 1.0f / total[h];
+        SIMD for (int i = 0; i < RANK; i++) out[h * RANK + i] = sums[h * RANK + i] * factor;
+    }
+}
+
+// x += attention(normed); `first` (or null) is the first position that each token may see.
+static void attention(const Model *model, const Layer *layer, float *cache, const Step *step, const int64_t *first,
+                      float *x, float *normed, float *a, float *b, float *scores) {
+    const int64_t n = step->count;
+    float *down = a, *latent = a + n * DOWN, *query = b, *attended = b + n * WIDE;
+    for (int64_t i = 0; i < n; i++) normalise(x + i * HIDDEN, layer->input_norm, HIDDEN, model->eps, normed + i * HIDDEN);
+    product(model, (int)n, HIDDEN, DOWN, normed, layer->down, down, 0.0f);
+    for (int64_t i = 0; i < n; i++) {
+        float *row = down + i * DOWN;
+        if (layer->down_bias) SIMD for (int j = 0; j < DOWN; j++) row[j] += layer->down_bias[j];
+        if (QRANK) normalise(row, layer->q_norm, QRANK, 1e-6f, latent + i * QRANK);
+        const int64_t position = step->positions[i];
+        const int32_t page = step->table[step->slots[i] * step->table_width + position / PAGE];
+        float *entry = cache + ((int64_t)page * PAGE + position % PAGE) * LATENT;
+        normalise(row + QRANK, layer->kv_norm, RANK, 1e-6f, entry);
+        memcpy(entry + RANK, row + QRANK + RANK, ROPE * sizeof(float));
+        rotate(entry + RANK, model->cosine + position * HALF, model->sine + position * HALF);
+    }
+    product(model, (int)n, QRANK ? QRANK : HIDDEN, WIDE, QRANK ? latent : normed, layer->query, query, 0.0f);
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t position = step->positions[i];
+        float *row = query + i * WIDE;
+        for (int h = 0; h < HEADS; h++)
+            rotate(row + h * LATENT + RANK, model->cosine + position * HALF, model->sine + position * HALF);
+        attend(model, cache, step->table + step->slots[i] * step->table_width, first ? first[i] : 0, position + 1, row,
+               scores, attended + i * HEADS * RANK);
+    }
+    product(model, (int)n, HEADS * RANK, HIDDEN, attended, layer->out, x, 1.0f);
+    if (layer->out_bias)
+        for (int64_t i = 0; i < n; i++) SIMD for (int j = 0; j < HIDDEN; j++) x[i * HIDDEN + j] += layer->out_bias[j];
+}
+
+// (rows, 2 * inner) of gate and up -> silu(gate) * up, in place at the front of each row's place in `out`.
+static void swiglu(int64_t rows, int64_t inner, const float *gate_up, float *out) {
+    for (int64_t i = 0; i < rows; i++) {
+        const float *gate = gate_up + i * 2 * inner, *up = gate + inner;
+        SIMD for (int64_t j = 0; j < inner; j++) out[i * inner + j] = gate[j] / (1.0f + exponential(-gate[j])) * up[j];
+    }
+}
+
+#if EXPERTS
+// The TOP_K best experts by score plus bias among the TOP_GROUPS best groups, and their weights (V3 eq. 12-16).
+static void route(const Model *model, const float *logits, const float *bias, int32_t *chosen, float *weights) {
+    float score[EXPERTS], biased[EXPERTS];
+    SIMD for (int e = 0; e < EXPERTS; e++) {
+        score[e] = 1.0f / (1.0f + exponential(-logits[e]));
+        biased[e] = score[e] + bias[e];
+    }
+    if (TOP_GROUPS < GROUPS) {
+        enum { SIZE = EXPERTS / GROUPS };
+        float group[GROUPS];
+        for (int g = 0; g < GROUPS; g++) {
+            float best = -INFINITY, second = -INFINITY;
+            for (int e = g * SIZE; e < (g + 1) * SIZE; e++) {
+                if (biased[e] > best) second = best, best = biased[e];
+                else if (biased[e] > second) second = biased[e];
+            }
+            group[g] = best + second;
+        }
+        int kept[GROUPS] = {0};
+        for (int n = 0; n < TOP_GROUPS; n++) {
+            int best = -1;
+            for (int g = 0; g < GROUPS; g++)
+                if (!kept[g] && (best < 0 || group[g] > group[best])) best = g;
+            kept[best] = 1;
+        }
+        for (int g = 0; g < GROUPS; g++)
+            if (!kept[g]) for (int e = g * SIZE; e < (g + 1) * SIZE; e++) biased[e] = -INFINITY;
+    }
+    float sum = 0.0f;
+    for (int k = 0; k < TOP_K; k++) {
+        int best = 0;
+        for (int e = 1; e < EXPERTS; e++) if (biased[e] > biased[best]) best = e;
+        chosen[k] = best;
+        weights[k] = score[best];
+        sum += score[best];
+        biased[best] = -INFINITY;
+    }
+    const float factor = model->routed_scale / (model->norm_topk ? sum + 1e-20f : 1.0f);
+    for (int k = 0; k < TOP_K; k++) weights[k] *= factor;
+}
+
+// x += the routed experts of each token: rows sorted by expert, two products an expert that has any.
+static void experts(const Model *model, const Layer *layer, int64_t n, float *x, const float *normed, float *a, float *b) {
+    float *rows = a, *results = a + n * TOP_K * HIDDEN, *weights = results + n * TOP_K * HIDDEN;
+    int32_t *chosen = (int32_t *)(weights + n * TOP_K);
+    int32_t *place = chosen + n * TOP_K;
+    product(model, (int)n, HIDDEN, EXPERTS, normed, layer->gate, b, 0.0f);
+    int64_t end[EXPERTS] = {0}, next[EXPERTS];
+    for (int64_t i = 0; i < n; i++) {
+        route(model, b + i * EXPERTS, layer->gate_bias, chosen + i * TOP_K, weights + i * TOP_K);
+        for (int k = 0; k < TOP_K; k++) end[chosen[i * TOP_K + k]]++;
+    }
+    for (int e = 0, before = 0; e < EXPERTS; e++) next[e] = before, before += (int)end[e], end[e] = before;
+    for (int64_t i = 0; i < n * TOP_K; i++) {
+        place[i] = (int32_t)next[chosen[i]]++;
+        memcpy(rows + (int64_t)place[i] * HIDDEN, normed + i / TOP_K * HIDDEN, HIDDEN * sizeof(float));
+    }
+    float *gate_up = b, *inner = b + n * TOP_K * 2 * INNER;
+    for (int64_t e = 0, first = 0; e < EXPERTS; first = end[e], e++) {
+        const int count = (int)(end[e] - first);
+        if (count == 0) continue;
+        product(model, count, HIDDEN, 2 * INNER, rows + first * HIDDEN, layer->expert_up + e * HIDDEN * 2 * INNER,
+                gate_up, 0.0f);
+        swiglu(count, INNER, gate_up, inner);
+        product(model, count, INNER, HIDDEN, inner, layer->expert_down + e * INNER * HIDDEN, results + first * HIDDEN, 0.0f);
+    }
+    for (int64_t i = 0; i < n; i++)
+        for (int k = 0; k < TOP_K; k++) {
+            const float weight = weights[i * TOP_K + k];
+            const float *result = results + (int64_t)place[i * TOP_K + k] * HIDDEN;
+            SIMD for (int j = 0; j < HIDDEN; j++) x[i * HIDDEN + j] += weight * result[j];
+        }
+}
+#endif
+
+static void run_layer(const Model *model, const Layer *layer, float *cache, const Step *step, const int64_t *first,
+                      float *x, float *work) {
+    const int64_t n = step->count;
+    // `a` and `b` are each large enough for whatever of one half of the layer lives in them; see workspace().
+    float *normed = work, *scores = normed + n * HIDDEN, *a = scores + HEADS * step->longest;
+    const int64_t half = n * (int64_t)(TOP_K * (2 * HIDDEN + 3) + DOWN + QRANK);
+    float *b = a + half;
+    attention(model, layer, cache, step, first, x, normed, a, b, scores);
+    for (int64_t i = 0; i < n; i++) normalise(x + i * HIDDEN, layer->post_norm, HIDDEN, model->eps, normed + i * HIDDEN);
+    if (layer->up) {
+        product(model, (int)n, HIDDEN, (int)(2 * layer->inner), normed, layer->up, b, 0.0f);
+        float *inner = b + n * 2 * layer->inner;
+        swiglu(n, layer->inner, b, inner);
+        product(model, (int)n, (int)layer->inner, HIDDEN, inner, layer->down_proj, x, 1.0f);
+    }
+#if EXPERTS
+    if (layer->gate) experts(model, layer, n, x, normed, a, b);
+#endif
+}
+
+// Floats that `forward` and `draft` need for so many new tokens.
+int64_t workspace(const Model *model, int64_t count, int64_t longest) {
+    const int64_t a = TOP_K * (2 * HIDDEN + 3) + DOWN + QRANK;
+    const int64_t routed = TOP_K * 3 * INNER + EXPERTS, dense = 3 * model->widest, heads = WIDE + HEADS * RANK;
+    const int64_t b = routed > dense ? (routed > heads ? routed : heads) : (dense > heads ? dense : heads);
+    return count * (4 * HIDDEN + a + b) + HEADS * longest;
+}
+
+static void logits_of(const Model *model, int64_t wanted, const int64_t *which, const float *hidden, const float *norm,
+                      float *rows, float *logits) {
+    if (wanted == 0) return;
+    for (int64_t i = 0; i < wanted; i++) {
+        if (norm) normalise(hidden + which[i] * HIDDEN, norm, HIDDEN, model->eps, rows + i * HIDDEN);
+        else memcpy(rows + i * HIDDEN, hidden + which[i] * HIDDEN, HIDDEN * sizeof(float));
+    }
+    product(model, (int)wanted, HIDDEN, VOCAB, rows, model->head, logits, 0.0f);
+}
+
+// Hidden states (count, HIDDEN) after the final norm, and the logits (wanted, VOCAB) of the tokens `which`.
+void forward(const Model *model, const Step *step, int64_t wanted, const int64_t *which, float *work, float *hidden,
+             float *logits) {
+    const int64_t n = step->count;
+    float *x = work, *rest = work + n * HIDDEN;
+    for (int64_t i = 0; i < n; i++)
+        memcpy(x + i * HIDDEN, model->embed + (int64_t)step->tokens[i] * HIDDEN, HIDDEN * sizeof(float));
+    for (int64_t l = 0; l < model->depth; l++)
+        run_layer(model, model->layers + l, model->cache + l * model->layer_stride, step, 0, x, rest);
+    for (int64_t i = 0; i < n; i++) normalise(x + i * HIDDEN, model->norm, HIDDEN, model->eps, hidden + i * HIDDEN);
+    logits_of(model, wanted, which, hidden, 0, rest, logits);
+}
+
+// The draft module: `tokens` are those after the positions whose hidden states are `before`; its output goes to `hidden`.
+void draft(const Model *model, const Step *step, const float *before, const int64_t *first, int64_t wanted,
+           const int64_t *which, float *work, float *hidden, float *logits) {
+    const int64_t n = step->count;
+    const Layer *layer = model->layers + model->depth;
+    float *joined = work, *rest = work + 2 * n * HIDDEN;
+    for (int64_t i = 0; i < n; i++) {
+        float *row = joined + i * 2 * HIDDEN;
+        normalise(model->embed + (int64_t)step->tokens[i] * HIDDEN, layer->enorm, HIDDEN, model->eps, row);
+        normalise(before + i * HIDDEN, layer->hnorm, HIDDEN, model->eps, row + HIDDEN);
+    }
+    product(model, (int)n, 2 * HIDDEN, HIDDEN, joined, layer->joint, hidden, 0.0f);
+    run_layer(model, layer, model->cache + model->depth * model->layer_stride, step, first, hidden, rest);
+    logits_of(model, wanted, which, hidden, layer->head_norm, rest, logits);
+}
