@@ -33,11 +33,14 @@ def serve(app: FastAPI, server: socket.socket, grace: float, ready: Callable[[],
 
     `ready` is called when the first call may come. For the main thread: elsewhere signals cannot be caught.
     """
-    # Uvicorn raises the signal again when it has ended: that is no failure.
+    # Uvicorn raises the signal again when it has ended: that is no failure. Before it starts, it is no failure either.
     before = {sig: signal.signal(sig, lambda *_: sys.exit(0)) for sig in (signal.SIGTERM, signal.SIGINT)}
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=round(grace) + 5, server_header=False)
     try:
         _Server(config, grace, ready).run(sockets=[server])
+    except SystemExit as end:
+        if end.code:
+            raise
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
