@@ -276,15 +276,6 @@ def test_the_command_finds_the_model_and_gives_hflms_results(folder, tasks, tmp_
                 assert all(a == pytest.approx(b, abs=1e-4) for a, b in pairs)
 
 
-def test_the_commands_last_word_on_a_wrong_argument(folder, tasks, tmp_path):
-    done = lm_eval(
-        "--model", "distill-teacher", "--model_args", f"pretrained={folder},max_lenght=3", "--tasks", "tiny_choice",
-        "--include_path", str(tasks), cache=tmp_path,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].endswith("max_lenght is not known to distill-teacher; did you mean max_length?")
-
-
 def test_k_samples_of_our_own_tasks(folder, tmp_path):
     problems = tmp_path / "problems.jsonl"
     problems.write_text(json.dumps({"id": "p", "problem": "1 + 1", "answer": "2", "kind": "math"}) + "\n")
