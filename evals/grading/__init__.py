@@ -2,11 +2,12 @@
 
     grade(text, answer, kind) -> Grade(verdict='correct' | 'wrong' | 'unverifiable', reason, extracted)
 
-A cheap exact path decides almost everything in microseconds; what is left goes to math-verify in killable
-worker processes, so that no model output can hang, exhaust or crash the caller.
+A cheap exact path decides almost everything in microseconds; what is left goes to math-verify, to scorers or to a
+sandbox, in processes that can be killed, so that no model output can hang, exhaust or crash the caller.
 """
 
 from evals.grading.extract import extract_answer
-from evals.grading.grade import Grade, grade, grade_many
+from evals.grading.grade import KINDS, Grade, grade, grade_async, grade_many
+from evals.grading.judge import Judge
 
-__all__ = ["Grade", "extract_answer", "grade", "grade_many"]
+__all__ = ["KINDS", "Grade", "Judge", "extract_answer", "grade", "grade_async", "grade_many"]

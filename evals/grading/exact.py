@@ -1,28 +1,52 @@
 r"""The cheap exact path: equality of answers that needs no computer algebra.
 
-Decides only what it is sure of (equal strings after removing typesetting, two plain numbers); everything else is left
-to math-verify by returning None.
+Decides only what it is sure of (equal strings after removing typesetting, numbers, quantities, and tuples, sets,
+intervals and matrices of these); everything else is left to math-verify by returning None.
 """
 
 import re
 import unicodedata
-from fractions import Fraction
+
+from evals.grading.numbers import number, quantity, same_number, same_quantity
+from evals.grading.sequences import same_structure, structure
 
 _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]")
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_TYPESETTING = re.compile(r"\\left|\\right|\\displaystyle|\\[,;:! ]|\\\(|\\\)|\\\[|\\\]|[$~\s]")
-_INTEGER = re.compile(r"[+-]?(?:\d{1,400}|\d{1,3}(?:,\d{3}){1,100})")
-_DECIMAL = re.compile(r"([+-]?)(\d{0,400}|\d{1,3}(?:,\d{3}){1,100})\.(\d{0,400})")
-_FRACTION = re.compile(r"([+-]?)(?:(\d{1,400})/(\d{1,400})|\\frac\{([+-]?\d{1,400})\}\{(\d{1,400})\}|\\frac(\d)(\d))")
-_CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*(?:[).:]|$)")
+_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+_TO_TEXT = re.compile(r"\\(?:textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{")
+# A space, in any of LaTeX's ways. A double backslash ends a row and must not be read as the start of one.
+_SPACE = re.compile(r"(\\\\)|\\[,;: ]|\\q?quad(?![A-Za-z])|[~\s]")
+_TYPESETTING = re.compile(
+    r"(\\\\|\\\$)|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\limits|\\!|\\\(|\\\)|\\\[|\\\]"
+)
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_LIST_COMMA = re.compile(r"[,;] +")
+_MIXED_SPACE = re.compile(r"(?<![\d.,/])(\d{1,50}) +(?=\d{1,50}/\d)")
+_THOUSANDS_SPACE = re.compile(r"(?<![\d.,/ ])\d{1,3}(?: \d{3})+(?![\d/ ]|,\d)")
+_LETTER = re.compile(r"(?:\(([A-Z])\)|([A-Z]))")
+_AMBIGUOUS = re.compile(r"\d,\d{3}(?!\d)")
+
+
+def _spaced(answer: str) -> str:
+    r"""The text with one kind of space, of fraction and of text wrapper, and thousands in one piece."""
+    text = _INVISIBLE.sub("", answer).replace("\u2212", "-").replace("{,}", ",").strip()
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac")
+    text = _TYPESETTING.sub(r"\1", text)
+    if len(_DOLLAR.findall(text)) % 2 == 0:  # mathematics; a single one is money
+        text = _DOLLAR.sub("", text).strip()
+    text = _SPACE.sub(lambda match: match.group(1) or " ", text)
+    text = _TO_TEXT.sub(r"\\text{", text)
+    text = _MIXED_SPACE.sub(r"\1_", text)
+    return _THOUSANDS_SPACE.sub(lambda match: match.group().replace(" ", ""), text)
+
+
+def _compact(spaced: str) -> str:
+    """Without spaces; a comma with a space behind it becomes ';', as it separates a list and no thousands."""
+    return _LIST_COMMA.sub(";", spaced).replace(" ", "").rstrip(".")
 
 
 def normalise(answer: str) -> str:
     r"""An answer without invisible characters, typesetting, text wrappers and spaces; never longer than the input."""
-    text = _INVISIBLE.sub("", answer).replace("\u2212", "-").replace("{,}", ",")
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\%", "%")
-    text = _WRAPPER.sub(r"\1", text)
-    return _TYPESETTING.sub("", text).rstrip(".")
+    return _compact(_WRAPPER.sub(r"\1", _spaced(answer)).replace("\\%", "%").replace("\\$", ""))
 
 
 def plain_string(answer: str) -> str:
@@ -31,45 +55,42 @@ def plain_string(answer: str) -> str:
     return " ".join(_WRAPPER.sub(r"\1", text).split())
 
 
-def number(text: str) -> Fraction | None:
-    """The exact value of a normalised integer (thousands commas allowed), decimal or simple fraction; else None."""
-    if _INTEGER.fullmatch(text):
-        return Fraction(int(text.replace(",", "")))
-    if match := _DECIMAL.fullmatch(text):
-        sign, whole, part = match.groups()
-        if not whole and not part:
-            return None
-        value = Fraction(int((whole.replace(",", "") + part) or "0"), 10 ** len(part))
-        return -value if sign == "-" else value
-    if match := _FRACTION.fullmatch(text):
-        sign, *pairs = match.groups()
-        top, bottom = (part for part in pairs if part is not None)
-        if int(bottom) == 0:
-            return None
-        value = Fraction(int(top), int(bottom))
-        return -value if sign == "-" else value
-    return None
-
-
 def exactly_equal(answer: str, reference: str) -> bool | None:
     """True or False where that is certain without computer algebra, else None.
 
     Two numbers closer than 1e-5 but not equal (0.333333 against 1/3) are left to math-verify's rounding rule.
     """
     ours, theirs = normalise(answer), normalise(reference)
-    if ours == theirs and ours:
-        return True
-    if len(theirs) > 1 and theirs.isalpha() and ours.isalpha() and ours.casefold() == theirs.casefold():
-        return True  # \text{Evelyn} and evelyn; single letters may be variables
     a, b = number(ours), number(theirs)
-    if a is None or b is None:
-        return None
-    if a == b:
+    if a is not None and b is not None:
+        return same_number(a, b)
+    if a is None and b is None and ours and _same_text(ours, theirs):
         return True
-    return None if abs(a - b) <= max(Fraction(1), abs(b)) / 100_000 else False
+    if theirs.startswith("(") and (mine := _LETTER.fullmatch(ours)) and (letter := _LETTER.fullmatch(theirs)):
+        return (mine[1] or mine[2]) == letter[1]  # B against \text{(B)}
+    measured, measure = quantity(_units_kept(answer)), quantity(_units_kept(reference))
+    if measured is not None and measure is not None:
+        return same_quantity(measured, measure)
+    if measured is not None or measure is not None:
+        return None
+    first, second = structure(ours), structure(theirs)
+    return same_structure(first, second) if first is not None and second is not None else None
 
 
-def choice_letter(answer: str) -> str | None:
-    r"""'B' from B, (b), B. text, \text{(B)}; None if the answer is no single letter with or without its text."""
-    match = _CHOICE.match(plain_string(answer).strip("$ "))
-    return match.group(1).upper() if match else None
+def _same_text(ours: str, theirs: str) -> bool:
+    if ours == theirs:
+        return True
+    if ours.replace(";", ",") == theirs.replace(";", ","):
+        return not _AMBIGUOUS.search(ours) and not _AMBIGUOUS.search(theirs)
+    # \text{Evelyn} and evelyn; single letters may be variables
+    return len(theirs) > 1 and theirs.isalpha() and ours.isalpha() and ours.casefold() == theirs.casefold()
+
+
+def _units_kept(answer: str) -> str:
+    r"""Normalised, but with \text wrappers and the spaces inside them."""
+    spaced, parts, end = _spaced(answer), [], 0
+    for wrapper in _WRAPPER.finditer(spaced):
+        words = wrapper.group(1).strip()
+        parts += [_compact(spaced[end : wrapper.start()]), "\\text{" + words + "}" if words else ""]
+        end = wrapper.end()
+    return "".join(parts) + _compact(spaced[end:])

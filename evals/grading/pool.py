@@ -1,15 +1,17 @@
-"""Killable worker processes for computer algebra on hostile input.
+"""Killable worker processes for computer algebra and scorers on hostile input.
 
 Why not math-verify's own time-out: it is a signal handler, so it works in the main thread only and does not interrupt
-one long C-level operation (9**9**9**9). Here the clock is the caller's, the child is killed, and a fresh one takes
-its place; one child holds one item, so no other item is lost. Children are started by exec, never by fork, because
-the caller may be a process with threads, a model and a GPU context.
+one long C-level operation (9**9**9**9). Here the clock is the caller's, the worker is killed, and a fresh one takes
+its place; one worker holds one item, so no other item is lost. Workers are forked from a template that has imported
+everything and never sees an item: a new one is there in milliseconds. The template is started by exec, never by fork,
+because the caller may be a process with threads, a model and a GPU context.
 """
 
 import atexit
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -18,54 +20,103 @@ from pathlib import Path
 
 MEMORY_BYTES = 1 << 30
 START_SECONDS = 60.0  # importing sympy on a busy machine; an item's own clock starts after it
+REPLY_BYTES = 65536
+_INSTALL = {"math": "math_verify", "gym": "reasoning_gym"}
+
+
+def _line(stream: socket.socket, seconds: float) -> bytes | None:
+    """One line, b'' if the other side ended, None if the time is over."""
+    deadline, data = time.monotonic() + seconds, b""
+    while not data.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([stream], [], [], left)[0]:
+            return None
+        try:
+            part = stream.recv(REPLY_BYTES)
+        except ConnectionResetError:
+            return b""
+        if not part or len(data) > REPLY_BYTES:
+            return b""
+        data += part
+    return data
+
+
+class _Template:
+    """The process that workers are forked from."""
+
+    def __init__(self, preload: str) -> None:
+        self.preload = preload
+        self._control, theirs = socket.socketpair()
+        script = str(Path(__file__).with_name("worker.py"))
+        environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-B", script, preload, str(MEMORY_BYTES), str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C in the caller's terminal is the caller's to handle
+        )
+        theirs.close()
+        self._lock = threading.Lock()
+        self._ready = False
+
+    def fork(self) -> "_Worker":
+        """A new worker. RuntimeError if the template does not start, BrokenPipeError if it has died."""
+        ours, theirs = socket.socketpair()
+        with self._lock, theirs:
+            if not self._ready:
+                if _line(self._control, START_SECONDS) != b"ready\n":
+                    self.close()
+                    raise RuntimeError(
+                        f"the grading process did not start: run `{sys.executable} -c 'import "
+                        f"{_INSTALL[self.preload]}'` to see whether that package is installed"
+                    )
+                self._ready = True
+            try:
+                socket.send_fds(self._control, [b"f"], [theirs.fileno()])
+                reply = _line(self._control, START_SECONDS)
+            except OSError:
+                reply = b""
+        if not reply:
+            ours.close()
+            raise BrokenPipeError("the grading process has died")
+        return _Worker(self, int(reply), ours)
+
+    def kill(self, pid: int) -> None:
+        """Kill and reap a worker; one that is gone already is no mistake."""
+        with self._lock:
+            try:
+                self._control.sendall(b"k%d" % pid)
+                _line(self._control, START_SECONDS)
+            except OSError:  # the template died, and its workers see their sockets close
+                pass
+
+    def close(self) -> None:
+        self._control.close()
+        self.process.kill()
+        self.process.wait()
 
 
 class _Worker:
     """One child process; `ask` is called by one thread at a time."""
 
-    def __init__(self) -> None:
-        environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(MEMORY_BYTES)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C in the caller's terminal is the caller's to handle
-        )
-        self.ready = False
+    def __init__(self, template: _Template, pid: int, stream: socket.socket) -> None:
+        self.template, self.pid, self._stream = template, pid, stream
 
-    def _line(self, seconds: float) -> bytes | None:
-        """One line from the child, b'' if it died, None if the time is over."""
-        assert self.process.stdout is not None
-        deadline, data = time.monotonic() + seconds, b""
-        while not data.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
-                return None
-            part = os.read(self.process.stdout.fileno(), 65536)
-            if not part:
-                return b""
-            data += part
-        return data
+    def alive(self) -> bool:
+        """Whether it may take an item: it says nothing unasked, so a readable socket means that it ended."""
+        return not select.select([self._stream], [], [], 0)[0]
 
-    def ask(self, answer: str, reference: str, seconds: float) -> tuple[str, str] | None:
+    def ask(self, request: dict[str, object], seconds: float) -> tuple[str, str] | None:
         """(verdict, reason), or None after which the worker is of no more use and must be closed."""
-        assert self.process.stdin is not None
-        if not self.ready:
-            if self._line(START_SECONDS) != b"ready\n":
-                raise RuntimeError(
-                    "the grading process did not start: run "
-                    f"`{sys.executable} -c 'import math_verify'` to see whether math-verify is installed"
-                )
-            self.ready = True
-        request = {"answer": answer, "reference": reference, "seconds": seconds}
+        self._stream.settimeout(seconds)
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:
+            self._stream.sendall(json.dumps(request).encode() + b"\n")
+        except OSError:
             return None
-        line = self._line(seconds)
+        line = _line(self._stream, seconds)
         if not line:
             return None
         verdict, reason = json.loads(line)
@@ -73,75 +124,102 @@ class _Worker:
 
     def close(self) -> None:
         """Kill and reap."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._stream.close()
+        self.template.kill(self.pid)
 
 
 class Pool:
-    """At most `size` workers, started when needed and shared by all threads of a process."""
+    """At most `size` workers, started when needed and shared by all threads of a process.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    preload: 'math' or 'gym'. once: a worker serves one item only, for scorers that an answer could tamper with.
+    """
+
+    def __init__(self, size: int, preload: str = "math", once: bool = False) -> None:
+        self.size, self.preload, self.once = size, preload, once
         self._free: list[_Worker] = []
+        self._template: _Template | None = None
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(size)
 
     def compare(self, answer: str, reference: str, seconds: float) -> tuple[str, str]:
         """math-verify's (verdict, reason); 'unverifiable' if that took longer than `seconds` or too much memory."""
-        with self._slots:
-            worker = self._take()
-            started = time.monotonic()
-            try:
-                result = worker.ask(answer, reference, seconds)
-            except BaseException:
-                worker.close()
-                raise
-            if result is None:
-                took = time.monotonic() - started
-                worker.close()
-                worker = _Worker()  # starts importing now, while the caller goes on
-                if took >= seconds:
-                    result = "unverifiable", f"took longer than {seconds:g} s to compare"
-                else:
-                    result = "unverifiable", "the comparison needed too much memory or crashed"
-            with self._lock:
-                self._free.append(worker)
-            return result
+        return self.ask("math", answer, reference, seconds)
 
-    def _take(self) -> _Worker:
+    def ask(self, task: str, answer: str, reference: str, seconds: float) -> tuple[str, str]:
+        """(verdict, reason) of a task of worker.py, within `seconds` of its start."""
+        request: dict[str, object] = {"task": task, "answer": answer, "reference": reference, "seconds": seconds}
+        with self._slots:
+            for fresh in (False, True):
+                worker = self._take(fresh)
+                started = time.monotonic()
+                try:
+                    result = worker.ask(request, seconds)
+                except BaseException:
+                    worker.close()
+                    raise
+                if result is not None:
+                    if self.once:
+                        worker.close()
+                    else:
+                        with self._lock:
+                            self._free.append(worker)
+                    return result
+                worker.close()
+                if time.monotonic() - started >= seconds:
+                    return "unverifiable", f"took longer than {seconds:g} s to compare"
+                # It may have been killed from outside, which is no fault of the item: once more, in a fresh one.
+            return "unverifiable", "the comparison needed too much memory or crashed"
+
+    def _take(self, fresh: bool) -> _Worker:
         """An idle worker, or a new one. One that died idle (the system was short of memory) is no item's fault."""
         with self._lock:
-            while self._free:
+            while self._free and not fresh:
                 worker = self._free.pop()
-                if worker.process.poll() is None:
+                if worker.alive():
                     return worker
                 worker.close()
-        return _Worker()
+            if self._template is None:
+                self._template = _Template(self.preload)
+            template = self._template
+        try:
+            return template.fork()
+        except BrokenPipeError:
+            with self._lock:
+                if self._template is template:
+                    template.close()
+                    self._template = _Template(self.preload)
+                template = self._template
+            return template.fork()
 
     def close(self) -> None:
-        """Kill the idle workers; used at exit and in tests."""
+        """Kill the idle workers and the template; used at exit and in tests."""
         with self._lock:
             workers, self._free = self._free, []
+            template, self._template = self._template, None
         for worker in workers:
             worker.close()
+        if template is not None:
+            template.close()
 
 
-_pool: Pool | None = None
-_pool_owner = -1
-_pool_lock = threading.Lock()
+_pools: dict[str, Pool] = {}
+_pools_owner = -1
+_pools_lock = threading.Lock()
 
 
-def shared_pool() -> Pool:
+def cores() -> int:
+    """Processors that this process may use; macOS does not say which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shared_pool(preload: str = "math") -> Pool:
     """The pool of this process, made at first use; a forked child gets one of its own."""
-    global _pool, _pool_owner
-    with _pool_lock:
-        if _pool is None or _pool_owner != os.getpid():
-            # macOS does not say which cores a process may use.
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            _pool = Pool(max(2, min(16, cores)))
-            _pool_owner = os.getpid()
-            atexit.register(_pool.close)
-        return _pool
+    global _pools_owner
+    with _pools_lock:
+        if _pools_owner != os.getpid():
+            _pools.clear()
+            _pools_owner = os.getpid()
+        if preload not in _pools:
+            _pools[preload] = Pool(max(2, min(16, cores())), preload, once=preload == "gym")
+            atexit.register(_pools[preload].close)
+        return _pools[preload]

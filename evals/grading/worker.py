@@ -1,15 +1,29 @@
-r"""The child process: compares answers with math-verify, one JSON line in, one JSON line out.
+r"""The template process: imports once, then forks a worker whenever the pool asks; and what a worker does.
 
 Started by file path (not imported), so it holds nothing of the caller: no model, no environment beyond the module
-path. Bounds itself twice: RLIMIT_AS for memory, and an alarm with the default action as a last resort, so that it
-ends by itself even if the caller was killed while it was computing.
+path. Each worker shuts itself in before its first item: RLIMIT_AS for memory, a filter against writing, starting
+programs and sockets (reasoning-gym's scorers `eval` parts of answers), and an alarm as a last resort, so that it ends
+by itself even if the caller was killed while it was computing.
+
+argv: 'math' or 'gym', bytes of address space, a socket. The socket takes 'f' with a descriptor (fork a worker that
+serves it; answers its pid) and 'kPID\n' (kill it). A worker reads JSON lines {"task", "answer", "reference",
+"seconds"} and writes [verdict, reason].
 """
 
+import gc
 import json
 import os
+import re
 import resource
 import signal
+import socket
 import sys
+from typing import Any
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "jail"))
+import seccomp  # type: ignore[import-not-found]
+
+del sys.path[0]
 
 
 def compare(answer: str, reference: str) -> tuple[str, str]:
@@ -34,24 +48,84 @@ def compare(answer: str, reference: str) -> tuple[str, str]:
     return "wrong", "not equal by math-verify"
 
 
+def matches(answer: str, pattern: str) -> tuple[str, str]:
+    """Whether a pattern matches the whole answer."""
+    try:
+        found = re.fullmatch(pattern, answer, re.DOTALL)
+    except re.error as error:
+        return "unverifiable", f"the reference is no regular expression: {error}"
+    return ("correct", "matches") if found else ("wrong", "does not match")
+
+
+def score(answer: str, reference: str) -> tuple[str, str]:
+    """reasoning-gym's own scorer: correct at a score of 1. `reference`: JSON of the entry, with its source_dataset."""
+    import reasoning_gym
+
+    entry = json.loads(reference)
+    scorer = reasoning_gym.get_score_answer_fn(entry["metadata"]["source_dataset"])
+    try:
+        value = float(scorer(answer, entry))
+    except Exception as error:  # a scorer that cannot read the answer
+        return "wrong", f"reasoning-gym's scorer fails on it: {type(error).__name__}"
+    return ("correct" if value >= 1.0 else "wrong"), f"reasoning-gym scores {value:.3g}"
+
+
+_TASKS = {"math": compare, "regex": matches, "gym": score}
+
+
+def serve(stream: socket.socket, memory: int) -> None:
+    """A worker's life."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if seccomp.supported():
+        seccomp.lock("parser", signals=False)
+    with stream, stream.makefile("r", encoding="utf-8") as lines:
+        for line in lines:
+            request: dict[str, Any] = json.loads(line)
+            signal.alarm(int(request["seconds"]) + 5)
+            # math-verify catches what sympy raises; what is left ends this process, and the caller starts another.
+            result = _TASKS[request["task"]](request["answer"], request["reference"])
+            signal.alarm(0)
+            stream.sendall(json.dumps(result).encode() + b"\n")
+
+
 def main() -> None:
-    """Serve requests {"answer", "reference", "seconds"} from stdin until it closes. argv[1]: bytes of address space."""
-    reply = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not break the protocol
-    limit = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    """Import, then fork on request until the caller's end of the socket closes."""
+    preload, memory, control = sys.argv[1], int(sys.argv[2]), socket.socket(fileno=int(sys.argv[3]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    compare("1+1", "2")  # import and warm up before the clock of a real item starts
-    reply.write("ready\n")
-    reply.flush()
-    for line in sys.stdin:
-        request = json.loads(line)
-        signal.alarm(int(request["seconds"]) + 5)
-        # math-verify catches what sympy raises; what is left ends this process, and the caller starts another.
-        verdict, reason = compare(request["answer"], request["reference"])
-        signal.alarm(0)
-        reply.write(json.dumps([verdict, reason]) + "\n")
-        reply.flush()
+    if preload == "math":
+        compare("1+1", r"\frac{4}{2}")  # what is imported and warmed up here, no worker needs to
+    else:
+        import reasoning_gym  # noqa: F401
+    gc.collect()
+    gc.freeze()
+    control.sendall(b"ready\n")
+    children: set[int] = set()
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        if not message:
+            break
+        if message.startswith(b"k"):
+            pid = int(message[1:])
+            if pid in children:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                children.discard(pid)
+            control.sendall(b"ok\n")
+            continue
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                control.close()
+                serve(socket.socket(fileno=descriptors[0]), memory)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(descriptors[0])
+        children.add(pid)
+        control.sendall(b"%d\n" % pid)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
