@@ -4,7 +4,7 @@ datasets.load_dataset("runs/NAME/dataset")                    # traces: train, v
 datasets.load_dataset("runs/NAME/dataset", "answers_only")    # the baseline: the same problems, no reasoning
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from distill.dataset_card import write_card
@@ -32,22 +32,24 @@ def write_dataset(
     Splits without rows have no file. Returns the counts for the manifest.
     """
     held = validation_problems([t["problem_id"] for t in selected], recipe.selection.validation_fraction, recipe.seed)
-    files: dict[str, list[DatasetRow]] = {}
-    for split, traces in _split(selected, held):
-        asked = [problems[identity] for identity in dict.fromkeys(trace["problem_id"] for trace in traces)]
-        files[f"{split}.jsonl"] = [trace_row(trace, problems[trace["problem_id"]]) for trace in traces]
-        prompts = {trace["problem_id"]: trace for trace in traces}
-        files[f"answers_only/{split}.jsonl"] = [
-            answer_row(problem, prompts[problem["id"]]) for problem in asked if problem["answer"] is not None
-        ]
     folder = run.path("dataset")
-    for name, rows in files.items():
-        path = folder / name
-        if rows:
-            write_jsonl_atomic(path, cast(list[dict[str, Any]], rows))
-        else:
-            path.unlink(missing_ok=True)
-    rows_by_file = {name: len(rows) for name, rows in files.items() if rows}
+    rows_by_file: dict[str, int] = {}
+    for split, traces in _split(selected, held):
+        first = {trace["problem_id"]: trace for trace in reversed(traces)}  # any will do: all were asked the same
+        asked = list(dict.fromkeys(trace["problem_id"] for trace in traces))
+        # Made as they are written: a large run's rows are not in memory together.
+        rows = (trace_row(trace, problems[trace["problem_id"]]) for trace in traces)
+        answers = (answer_row(problem, first[problem["id"]]) for problem in map(problems.__getitem__, asked))
+        files: dict[str, Iterator[DatasetRow]] = {
+            f"{split}.jsonl": rows,
+            f"answers_only/{split}.jsonl": (row for row in answers if row["answer"] is not None),
+        }
+        for name, found in files.items():
+            count = write_jsonl_atomic(folder / name, cast(Iterator[dict[str, Any]], found))
+            if count:
+                rows_by_file[name] = count
+            else:
+                (folder / name).unlink()
     write_card(run, recipe, rows_by_file, funnel)
     return {
         "train": rows_by_file.get("train.jsonl", 0),

@@ -1,59 +1,81 @@
 """Stage 'filter': verdicts, funnel, selection, dataset. Works alone on a run folder's problems and traces.
 
-verdicts.jsonl is a ledger: one line a trace, each filter's verdict with its reason and a key, the hash of
-what it rests on (the filter's version and settings, the reference answer). A verdict whose key still holds
-is taken from the ledger, so that changing one threshold re-runs one filter, and neither needs the teacher.
+verdicts.jsonl is a ledger: one line a trace, each filter's verdict with its reason and a key, the hash of what it
+rests on (the filter's version and settings, the problem, the trace). A verdict whose key still holds is taken from
+the ledger, so that changing one threshold re-runs one filter, and neither needs the teacher.
+
+Traces are streamed: in memory are some 100 bytes of each (where its line is, its tokens, which filters it passed),
+and for the filters that compare traces a few more. First pass: all other filters, in batches over all cores; what
+they say goes to a hidden file beside the ledger, from which a killed stage goes on. Then the comparing filters on
+the whole columns. Last pass: the ledger, whole or not at all.
 """
 
+import hashlib
+import json
+import os
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from distill.dataset import write_dataset
 from distill.errors import UserError
-from distill.files import sha256_json, write_json_atomic
+from distill.files import sha256_json, write_atomic, write_json_atomic
+from distill.filter_examples import choose_examples, make_example
 from distill.filters import COMPARING, ORDER, filter_module
+from distill.filters.comparing import Judgement, Rows
 from distill.jsonl import read_jsonl, write_jsonl_atomic
-from distill.problems import read_problems
-from distill.progress import Progress
+from distill.judging import Item, Settings, Task, batches, digest, filter_bases, forget, judge, on_disk, plain
+from distill.lines import Lines, StoredProblems, StoredTrace, key
 from distill.recipe import Filters, Recipe
-from distill.records import FilterVerdict, FunnelRow, LedgerLine, Problem, Trace
+from distill.records import FunnelRow, Problem, Trace
 from distill.selection import select
-from distill.traces import current_traces
+from distill.traces import plan
+from distill.workers import Workers, usable_cores
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import numpy as np
 
+    from distill.progress import Progress
     from distill.runfolder import RunFolder
 
-_BATCH = 256
-
-Settings = Any  # a section of recipe.Filters, or None for truncation, which has no settings
-Judged = dict[str, dict[str, FilterVerdict]]  # trace id -> filter -> verdict
+_FEW_BYTES = 1 << 23  # of traces for which starting other processes takes longer than the work
+_PARTIAL = ".verdicts.{}.partial"
 
 
-def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
-    """Write verdicts.jsonl, funnel.json and dataset/. Raises UserError if there are no traces or none survives.
+def run(recipe: Recipe, run: "RunFolder", *, workers: int | None = None) -> dict[str, Any]:
+    """Write verdicts.jsonl, funnel.json, filter_examples.json and dataset/; with decontamination contamination.jsonl.
 
-    The ledger and the funnel are written before that error, so that the reasons can be read.
+    On `workers` processes, as many as there are cores if None. Raises UserError if there are no traces or none
+    survives; ledger and funnel are written before that error, so that the reasons can be read.
     """
-    problems = {p["id"]: p for p in read_problems(run.path("problems.jsonl"))}
-    traces = _traces(recipe, run, problems)
-    enabled = enabled_filters(recipe.filters)
-    earlier = _read_ledger(run.path("verdicts.jsonl"))
-    with run.progress("filter", len(traces) * len(enabled), "verdicts") as progress:
-        judged, reused = judge(traces, problems, enabled, earlier, progress)
-    ledger = list(_ledger_lines(traces, judged, enabled))
-    funnel = count_funnel(traces, judged, list(enabled))
-    write_jsonl_atomic(run.path("verdicts.jsonl"), cast(list[dict[str, Any]], ledger))
+    stage = _Stage(recipe, run)
+    if workers is None:
+        workers = 1 if int(stage.traces.lengths[stage.chosen].sum()) < _FEW_BYTES else usable_cores()
+    total = len(stage.chosen) * len(stage.enabled)
+    try:
+        with run.progress("filter", total, "verdicts") as progress, Workers(workers) as pool:
+            stage.judge_singly(pool, progress)
+            stage.judge_together(pool, progress)
+    finally:
+        forget()
+    funnel = stage.funnel()
+    stage.write_ledger()
     write_json_atomic(run.path("funnel.json"), funnel)
-    accepted = [trace for trace, line in zip(traces, ledger, strict=True) if line["accepted"]]
-    if not accepted:
-        raise _nothing_left(run, traces, judged, funnel)
-    selected = select(accepted, recipe.selection, recipe.seed)
-    facts = write_dataset(run, recipe, selected, problems, funnel)
-    verdicts = len(traces) * len(enabled)
-    return {"tokens": funnel[0]["tokens_in"], "accepted": len(accepted), "judged": verdicts - reused, **facts}
+    stage.write_contamination()
+    if not stage.accepted.any():
+        raise _nothing_left(run, funnel)
+    selected = select(stage.stored_accepted(), recipe.selection, recipe.seed)
+    facts = write_dataset(run, recipe, selected, stage.problems, funnel)
+    return {
+        "tokens": funnel[0]["tokens_in"],
+        "accepted": int(stage.accepted.sum()),
+        "judged": sum(stage.judged.values()),
+        **facts,
+    }
 
 
 def enabled_filters(filters: Filters) -> dict[str, Settings]:
@@ -62,125 +84,282 @@ def enabled_filters(filters: Filters) -> dict[str, Settings]:
     return {name: settings[name] for name in ORDER if name == "truncation" or settings[name] is not None}
 
 
-def judge(
-    traces: Sequence[Trace],
-    problems: Mapping[str, Problem],
-    enabled: Mapping[str, Settings],
-    earlier: Judged,
-    progress: Progress,
-) -> tuple[Judged, int]:
-    """Every filter's verdict on every trace, and how many of them `earlier` supplied."""
-    judged: Judged = {trace["id"]: {} for trace in traces}
-    reused = 0
-    for name, settings in enabled.items():
-        # Traces that passed all filters before come first; see filters/duplicates.py.
-        ordered = sorted(traces, key=lambda t: not all(v["pass"] for v in judged[t["id"]].values()))
-        keys = _keys(name, settings, ordered, problems)
-        todo = [t for t in ordered if not _holds(earlier, t["id"], name, keys[t["id"]])]
-        if name in COMPARING and todo:
-            todo = ordered
-        again = {trace["id"] for trace in todo}
-        for trace in ordered:
-            if trace["id"] not in again:
-                judged[trace["id"]][name] = earlier[trace["id"]][name]
-        reused += len(traces) - len(todo)
-        progress.advance(len(traces) - len(todo))
-        check = filter_module(name).check
-        step = len(todo) if name in COMPARING else _BATCH
-        for start in range(0, len(todo), max(step, 1)):
-            batch = todo[start : start + step]
-            for trace, verdict in zip(batch, check(batch, problems, settings), strict=True):
-                key = keys[trace["id"]]
-                judged[trace["id"]][name] = {"pass": verdict.passed, "reason": verdict.reason, "key": key}
-            progress.advance(len(batch), filter=name)
-    return judged, reused
+@dataclass
+class _Reused:
+    """Verdicts of a comparing filter that are still in an earlier ledger."""
+
+    passed: "np.ndarray"
 
 
-def _holds(earlier: Judged, trace: str, name: str, key: str) -> bool:
-    verdicts = earlier.get(trace)
-    return verdicts is not None and name in verdicts and verdicts[name]["key"] == key
+class _Stage:
+    """The columns of all traces, filled from pass to pass. A row is a trace's place in the recipe's order."""
 
+    def __init__(self, recipe: Recipe, run: "RunFolder") -> None:
+        import numpy as np
 
-def count_funnel(traces: Sequence[Trace], judged: Judged, names: Sequence[str]) -> list[FunnelRow]:
-    """Rows and generated tokens before and after each filter; a trace is out if it passed this one and all before."""
-    funnel: list[FunnelRow] = []
-    left = list(traces)
-    for name in names:
-        kept = [trace for trace in left if judged[trace["id"]][name]["pass"]]
-        funnel.append(
-            {"filter": name, "in": len(left), "out": len(kept), "tokens_in": _tokens(left), "tokens_out": _tokens(kept)}
-        )
-        left = kept
-    return funnel
+        self.run = run
+        self.enabled = enabled_filters(recipe.filters)
+        self.single = [name for name in self.enabled if name not in COMPARING]
+        self.together = [name for name in self.enabled if name in COMPARING]
+        self.bases = filter_bases(self.enabled)
+        self.problems = StoredProblems(run.path("problems.jsonl"))
+        self.traces = Lines(run.path("traces", "traces.jsonl"), ("id", "problem_id"))
+        self.chosen = _chosen(recipe, run, self.traces)
+        self.problem = self.problems.lines.find("id", self.traces.keys["problem_id"][self.chosen])
+        if (self.problem < 0).any():
+            row = json.loads(self.traces.read(int(self.chosen[np.argmax(self.problem < 0)])))
+            raise UserError(
+                f"{self.traces.path}: problem {row['problem_id']} of trace {row['id']} is not in problems.jsonl"
+            )
+        count = len(self.chosen)
+        self.passed = {name: np.zeros(count, dtype=bool) for name in self.enabled}
+        self.tokens = np.zeros((count, 2), dtype=np.int64)
+        self.sample = np.zeros(count, dtype=np.int64)
+        self.identity = np.zeros(count, dtype=np.uint64)
+        self.earlier_keys = {name: np.zeros(count, dtype=np.uint64) for name in self.together}
+        self.earlier_passed = {name: np.zeros(count, dtype=bool) for name in self.together}
+        self.judgements: dict[str, Judgement | _Reused] = {}
+        self.keys: dict[str, str] = {}
+        self.judged: Counter[str] = Counter()
+        partial = sorted(run.folder.glob(_PARTIAL.format("*")), key=lambda path: -int(path.suffixes[-2][1:]))
+        paths = [*partial, run.path("verdicts.jsonl")]
+        self.ledgers = [Lines(path, ("trace_id",)) for path in paths if path.is_file()]
+        self.partial = run.path(_PARTIAL.format(len(partial)))
+        self.spans = np.zeros((count, 2), dtype=np.int64)  # of each row's line in the partial ledger
+        found = [ledger.find("trace_id", self.traces.keys["id"][self.chosen]) for ledger in self.ledgers]
+        self.ledger = np.full(count, -1, dtype=np.int8)  # which of them has the row, the newest
+        self.ledger_line = np.zeros(count, dtype=np.int64)
+        for number, lines in reversed(list(enumerate(found))):
+            self.ledger[lines >= 0] = number
+            self.ledger_line[lines >= 0] = lines[lines >= 0]
 
+    def task(self, digests: Sequence[str]) -> Task:
+        paths = tuple(ledger.path for ledger in self.ledgers)
+        wanted = tuple(name for name in digests if filter_module(name).WIDTH)
+        return Task(self.traces.path, self.problems.lines.path, paths, self.enabled, self.bases, wanted)
 
-def _tokens(traces: Sequence[Trace]) -> int:
-    return sum(trace["reasoning_tokens"] + trace["answer_tokens"] for trace in traces)
+    def items(self) -> Iterator[Item]:
+        for row in range(len(self.chosen)):
+            number = int(self.ledger[row])
+            earlier = self.ledgers[number].span(int(self.ledger_line[row])) if number >= 0 else (0, 0)
+            problem = self.problems.lines.span(int(self.problem[row]))
+            yield Item(self.traces.span(int(self.chosen[row])), problem, number, earlier)
 
+    def judge_singly(self, pool: Workers, progress: "Progress") -> None:
+        """Every filter that looks at one trace at a time; the digests for the others if nothing is known yet."""
+        import numpy as np
 
-def _keys(name: str, settings: Settings, ordered: Sequence[Trace], problems: Mapping[str, Problem]) -> dict[str, str]:
-    """By trace id: the hash of all that a verdict rests on besides the trace, whose own id covers its content."""
-    base = [name, filter_module(name).VERSION, _plain(settings)]
-    if name in COMPARING:
-        base.append(sha256_json([trace["id"] for trace in ordered]))
-    by_reference: dict[tuple[str, str | None], str] = {}
-    keys = {}
-    for trace in ordered:
-        problem = problems[trace["problem_id"]]
-        reference = (problem["kind"], problem["answer"])
-        if reference not in by_reference:
-            by_reference[reference] = sha256_json([*base, *reference])[:12]
-        keys[trace["id"]] = by_reference[reference]
-    return keys
+        task = self.task(() if self.ledgers else self.together)
+        self.digests = {name: self._column(name) for name in task.digests}
+        row = position = 0
+        with open(self.partial, "wb") as file:
+            for batch in pool.map(judge, task, batches(self.items())):
+                rows = slice(row, row + len(batch.lines))
+                file.write(b"".join(batch.lines))
+                file.flush()
+                os.fsync(file.fileno())
+                lengths = np.array([len(line) for line in batch.lines], dtype=np.int64)
+                self.spans[rows, 0] = position + np.cumsum(lengths) - lengths
+                self.spans[rows, 1] = lengths
+                position += int(lengths.sum())
+                for bit, name in enumerate(self.single):
+                    self.passed[name][rows] = (batch.passed >> np.uint32(bit)) & np.uint32(1)
+                self.tokens[rows], self.sample[rows], self.identity[rows] = batch.tokens, batch.sample, batch.identity
+                for name, digests in batch.digests.items():
+                    self.digests[name][rows] = digests
+                for name in self.together:
+                    self.earlier_keys[name][rows] = batch.earlier[name]
+                    self.earlier_passed[name][rows] = batch.earlier_passed[name]
+                self.judged.update(batch.judged)
+                row = rows.stop
+                progress.advance(len(batch.lines) * len(self.single))
 
+    def judge_together(self, pool: Workers, progress: "Progress") -> None:
+        """The filters that compare; each sees which traces passed all before it."""
+        import numpy as np
 
-def _plain(settings: Settings) -> dict[str, Any] | None:
-    return None if settings is None else settings.model_dump(mode="json")
+        alive = np.ones(len(self.chosen), dtype=bool)
+        for name in self.single:
+            alive &= self.passed[name]
+        for place, name in enumerate(self.together):
+            order = np.argsort(~alive, kind="stable")
+            self.keys[name] = self._set_key(name, order, alive)
+            if (self.earlier_keys[name] == np.uint64(int(self.keys[name], 16))).all():
+                self.passed[name] = self.earlier_passed[name]
+                self.judgements[name] = _Reused(self.passed[name])
+            else:
+                self._digest_missing(pool, self.together[place:])
+                rows = Rows(self.problem, self.sample, self.tokens[:, 0], self._digests(name), order, self._name, alive)
+                judgement = filter_module(name).compare(rows, self.enabled[name])
+                self.passed[name], self.judgements[name] = judgement.passed, judgement
+                self.judged[name] += len(order)
+            alive = alive & self.passed[name]
+            progress.advance(len(order), filter=name)
+        self.accepted = alive
 
+    def _set_key(self, name: str, order: "np.ndarray", alive: "np.ndarray") -> str:
+        """What the verdicts of a comparing filter rest on: its settings, and all traces, in their order."""
+        found = hashlib.sha256(self.bases[name].encode())
+        found.update(self.identity[order].tobytes())
+        found.update(alive[order].tobytes())
+        found.update(self.problem[order].tobytes())
+        return found.hexdigest()[:16]
 
-def _ledger_lines(traces: Sequence[Trace], judged: Judged, enabled: Mapping[str, Settings]) -> Iterator[LedgerLine]:
-    digest = sha256_json({name: _plain(settings) for name, settings in enabled.items()})[:12]
-    for trace in traces:
-        verdicts = judged[trace["id"]]
-        yield {
-            "trace_id": trace["id"],
-            "problem_id": trace["problem_id"],
-            "sample": trace["sample"],
-            "verdicts": verdicts,
-            "accepted": all(verdict["pass"] for verdict in verdicts.values()),
-            "settings": digest,
+    def _digest_missing(self, pool: Workers, names: Sequence[str]) -> None:
+        """Read the traces once more for the digests that the first pass did not make."""
+        task = self.task([name for name in names if name not in self.digests])
+        if not task.digests:
+            return
+        for name in task.digests:
+            self.digests[name] = self._column(name)
+        row = 0
+        for found in pool.map(digest, task, batches(self.items())):
+            size = len(next(iter(found.values())))
+            for name, digests in found.items():
+                self.digests[name][row : row + size] = digests
+            row += size
+
+    def _digests(self, name: str) -> "np.ndarray":
+        import numpy as np
+
+        return self.digests[name] if name in self.digests else np.zeros((len(self.chosen), 0), dtype=np.uint8)
+
+    def _column(self, name: str) -> "np.ndarray":
+        """Room for a filter's digests, in an unnamed file: the system may write it out when memory is short."""
+        import numpy as np
+
+        shape = (len(self.chosen), filter_module(name).WIDTH)
+        with tempfile.TemporaryFile(dir=self.run.folder) as file:
+            return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+
+    def _name(self, row: int) -> str:
+        return cast(str, json.loads(self.traces.read(int(self.chosen[row])))["id"])
+
+    def stored_accepted(self) -> Iterator[Trace]:
+        import numpy as np
+
+        for row in np.flatnonzero(self.accepted).tolist():
+            problem_id = self.problems.identity(int(self.problem[row]))
+            reasoning, total = self.tokens[row].tolist()
+            known = (problem_id, int(self.sample[row]), reasoning, total - reasoning)
+            yield cast(Trace, StoredTrace(self.traces, int(self.chosen[row]), known))
+
+    def funnel(self) -> list[FunnelRow]:
+        """What each filter left: a trace is out if it passed this one and all before. Measurements are no filter."""
+        import numpy as np
+
+        def counts(left: "np.ndarray") -> tuple[int, int, int]:
+            return int(left.sum()), len(np.unique(self.problem[left])), int(self.tokens[left, 1].sum())
+
+        found: list[FunnelRow] = []
+        left = np.ones(len(self.chosen), dtype=bool)
+        for name in self.enabled:
+            if name == "reflection":
+                continue
+            before, left = counts(left), left & self.passed[name]
+            after = counts(left)
+            found.append(
+                {
+                    "filter": name, "in": before[0], "out": after[0], "problems_in": before[1],
+                    "problems_out": after[1], "tokens_in": before[2], "tokens_out": after[2],
+                }
+            )  # fmt: skip
+        return found
+
+    def write_ledger(self) -> None:
+        """verdicts.jsonl, each line the partial one with the comparing filters' verdicts, and a few examples."""
+        wanted = choose_examples(self.passed, self.accepted, self.identity)
+        examples: dict[str, dict[str, list[dict[str, Any]]]] = {
+            name: {"rejected": [], "accepted": []} for name in self.enabled
         }
 
+        def lines() -> Iterator[bytes]:
+            settings = sha256_json({name: plain(section) for name, section in self.enabled.items()})[:12]
+            ends = {
+                accepted: f', "accepted": {json.dumps(accepted)}, "settings": "{settings}"}}\n'.encode()
+                for accepted in (True, False)
+            }
+            with open(self.partial, "rb") as file:
+                for row, line in enumerate(file):
+                    assert line.endswith(b"}}\n")
+                    said = b"".join(b", " + self._comparing(name, row) for name in self.together)
+                    line = line[:-3] + said + b"}" + ends[bool(self.accepted[row])]
+                    for name, verdict in wanted.get(row, ()):
+                        trace = json.loads(self.traces.read(int(self.chosen[row])))
+                        problem = self.problems.at(int(self.problem[row]))
+                        examples[name][verdict].append(make_example(json.loads(line), name, trace, problem))
+                    yield line
 
-def _read_ledger(path: "Path") -> Judged:
-    if not path.exists():
-        return {}
-    return {row["trace_id"]: row["verdicts"] for _, row in read_jsonl(path)}
+        write_atomic(self.run.path("verdicts.jsonl"), lines())
+        write_json_atomic(self.run.path("filter_examples.json"), examples)
+        for path in self.run.folder.glob(_PARTIAL.format("*")):
+            path.unlink()
+
+    def _comparing(self, name: str, row: int) -> bytes:
+        judgement = self.judgements[name]
+        if isinstance(judgement, _Reused):
+            earlier = json.loads(self.ledgers[int(self.ledger[row])].read(int(self.ledger_line[row])))
+            verdict = earlier["verdicts"][name]
+        else:
+            verdict = on_disk(judgement.verdict(row), self.keys[name])
+        return f'"{name}": {json.dumps(verdict, ensure_ascii=False)}'.encode("utf-8", "backslashreplace")
+
+    def write_contamination(self) -> None:
+        """contamination.jsonl with every hit, and the proof for the card in the manifest."""
+        import numpy as np
+
+        from distill.filters import decontamination
+
+        path = self.run.path("contamination.jsonl")
+        settings = self.enabled.get("decontamination")
+        if settings is None:
+            path.unlink(missing_ok=True)
+            if "decontamination" in self.run.manifest.data:
+                self.run.manifest.update(decontamination=None)
+            return
+        hit = np.unique(self.problem[~self.passed["decontamination"]]).tolist()
+        found: Counter[str] = Counter()
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for row in decontamination.hits((self.problems.at(line) for line in hit), settings):
+                found[row["how"]] += 1
+                yield row
+
+        write_jsonl_atomic(path, rows())
+        compared = len(np.unique(self.problem))
+        proof = {"sets": decontamination.proof(settings), "settings": plain(settings), "problems": compared}
+        self.run.manifest.update(decontamination={**proof, "hits": dict(sorted(found.items())), "dropped": len(hit)})
 
 
-def _traces(recipe: Recipe, run: "RunFolder", problems: Mapping[str, Problem]) -> list[Trace]:
-    """The traces that this recipe asked for, or, where no teacher is on record, all there are."""
-    path = run.path("traces", "traces.jsonl")
+def _chosen(recipe: Recipe, run: "RunFolder", traces: Lines) -> "np.ndarray":
+    """The lines of traces.jsonl that this recipe asked for, in the plan's order; without a teacher on record, all."""
+    import numpy as np
+
     teacher = run.manifest.data.get("teacher")
-    if teacher is not None:
-        traces = current_traces(path, recipe, problems.values(), teacher["id"])
+    if teacher is None:
+        _, firsts = np.unique(traces.keys["id"], return_index=True)
+        chosen = np.sort(firsts)
     else:
-        traces = [cast(Trace, row) for _, row in read_jsonl(path, torn_ok=True)]
-        unknown = next((t for t in traces if t["problem_id"] not in problems), None)
-        if unknown is not None:
-            raise UserError(
-                f"{path}: problem {unknown['problem_id']} of trace {unknown['id']} is not in problems.jsonl"
-            )
-    if not traces:
-        raise UserError(f"{path}: holds no trace of this recipe's problems, teacher and sampling settings")
-    return traces
+        asked = (cast(Problem, row) for _, row in read_jsonl(run.path("problems.jsonl")))
+        ids = (key(ask.id) for _, _, ask in plan(recipe, asked, teacher["id"]))
+        parts = [np.empty(0, dtype=np.int64)]
+        while part := list(islice(ids, 1 << 16)):
+            parts.append(traces.find("id", np.array(part, dtype=np.int64)))
+        chosen = np.concatenate(parts)
+        chosen = chosen[chosen >= 0]
+    if not len(chosen):
+        raise UserError(f"{traces.path}: holds no trace of this recipe's problems, teacher and sampling settings")
+    return chosen
 
 
-def _nothing_left(run: "RunFolder", traces: Sequence[Trace], judged: Judged, funnel: Sequence[FunnelRow]) -> UserError:
+def _nothing_left(run: "RunFolder", funnel: Sequence[FunnelRow]) -> UserError:
     worst = max(funnel, key=lambda row: row["in"] - row["out"])
     name = worst["filter"]
-    reasons = Counter(v[name]["reason"] for v in judged.values() if not v[name]["pass"])
+    path: Path = run.path("verdicts.jsonl")
+    verdicts = (row["verdicts"][name] for _, row in read_jsonl(path))
+    reasons = Counter(said["reason"] for said in verdicts if not said["pass"])
     return UserError(
-        f"none of the {len(traces)} traces passed the filters: '{name}' dropped the most, {worst['in'] - worst['out']} "
-        f"of {worst['in']} (mostly: {reasons.most_common(1)[0][0]}); all reasons are in {run.path('verdicts.jsonl')}"
+        f"none of the {funnel[0]['in']} traces passed the filters: '{name}' dropped the most, "
+        f"{worst['in'] - worst['out']} of {worst['in']} (mostly: {reasons.most_common(1)[0][0]}); all reasons are in "
+        f"{path}"
     )

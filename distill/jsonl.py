@@ -36,12 +36,13 @@ def read_jsonl(path: Path | str, *, torn_ok: bool = False) -> Iterator[tuple[int
             for number, line in enumerate(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, start=1):
                 if not line.strip() or (torn_ok and not line.endswith(b"\n")):
                     continue
-                yield number, _parse(line, f"{path}:{number}")
+                yield number, parse_line(line, f"{path}:{number}")
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path}: not a whole gzip file after line {number} ({error})") from None
 
 
-def _parse(line: bytes, place: str) -> Row:
+def parse_line(line: bytes, place: str) -> Row:
+    """The object on a line. Raises UserError, which names `place`, for anything else."""
     try:
         row = json.loads(line.rstrip())  # else the column of what is missing at the end would be the next line's
     except UnicodeDecodeError:

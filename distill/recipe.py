@@ -7,6 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Baseline = Literal["base", "answers_only"]
 Kind = Literal["math", "code", "choice", "exact", "open"]
+# Codes for languages in Latin script, names of scripts for the others: what distill.filters.language tells apart.
+Language = Literal[
+    "en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi", "ro", "cs", "fi",
+    "Chinese", "Japanese", "Korean", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Thai",
+]  # fmt: skip
 R1_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -69,9 +74,15 @@ class Sampling(Section):
 class CorrectnessFilter(Section):
     """The final answer equals the reference answer."""
 
+    without_reference: Literal["reject", "pass"] = Field(
+        "reject", description="Traces of problems without a reference answer; 'pass' leaves them to `agreement`."
+    )
+
 
 class FormatFilter(Section):
     """Exactly one <think>…</think>, a final answer, and no text leaked."""
+
+    single_answer: bool = Field(False, description="Also reject a reply that boxes two different answers.")
 
 
 class LengthFilter(Section):
@@ -84,18 +95,90 @@ class RepetitionFilter(Section):
     max_share: float = Field(0.2, ge=0, le=1, description="Largest share of such stretches that may be repeats.")
 
 
+class LanguageFilter(Section):
+    language: Language | None = Field(
+        None, description="What traces should be written in; null for each problem's own language."
+    )
+    min_share: float = Field(0.98, ge=0, le=1, description="Smallest share of words in that language.")
+    max_run: int = Field(2, ge=0, description="Most words of another language in a row.")
+
+
+class ReadabilityFilter(Section):
+    max_paragraph_words: int | None = Field(
+        400, ge=1, description="Longest paragraph (text without a line break) in words; null for no bound."
+    )
+    code_blocks: bool = Field(False, description="Whether code blocks may stand where no code was asked for.")
+
+
+class ReflectionFilter(Section):
+    """Counts of reconsidering words ("wait", "let me check"); measured, nothing is rejected."""
+
+
+class DecontaminationFilter(Section):
+    against: list[ProblemSource] = Field(
+        min_length=1, description="Evaluation sets to keep apart from; `problem` names their field."
+    )
+    ngram: int = Field(8, ge=2, le=50, description="Length in words of the overlaps looked for.")
+    max_overlap: float = Field(
+        0.5, ge=0, lt=1, description="Largest share of an evaluation problem's stretches that may stand in a problem."
+    )
+    similarity: float = Field(
+        0.7, gt=0, le=1, description="Jaccard similarity of word triples that makes two the same."
+    )
+    numbers: bool = Field(True, description="Also find the same problem with other numbers.")
+
+
+class AgreementFilter(Section):
+    min_samples: int = Field(4, ge=2, description="Answered samples of a problem below which there is no majority.")
+    min_share: float = Field(0.5, ge=0, le=1, description="The commonest answer must have more than this share.")
+
+
+class OutliersFilter(Section):
+    max_ratio: float = Field(4.0, gt=1, description="Longest reasoning, in medians of its problem's samples.")
+    min_ratio: float = Field(0.0, ge=0, lt=1, description="Shortest reasoning, in the same unit.")
+    min_samples: int = Field(4, ge=3, description="Samples of a problem below which there is no outlier.")
+
+
 class DuplicatesFilter(Section):
     """A trace of the same problem with the same text was accepted before."""
 
 
+class NearDuplicatesFilter(Section):
+    ngram: int = Field(5, ge=1, le=50, description="Length in words of the stretches compared.")
+    similarity: float = Field(gt=0, le=1, description="Jaccard similarity of stretches from which on two are one.")
+
+
+class NearDuplicateProblems(NearDuplicatesFilter):
+    ngram: int = Field(3, ge=1, le=50, description="Length in words of the stretches compared.")
+    similarity: float = Field(0.9, gt=0, le=1, description="Jaccard similarity of stretches from which on two are one.")
+
+
+class NearDuplicateTraces(NearDuplicatesFilter):
+    similarity: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of stretches from which on two are one.")
+
+
 class Filters(Section):
-    correctness: CorrectnessFilter | None = Field(None, description="Judge the final answer; null to skip.")
+    """Each is off unless named. In the order of the funnel; those after `reflection` compare traces or problems."""
+
+    decontamination: DecontaminationFilter | None = Field(None, description="Drop evaluation problems; null to skip.")
     format: FormatFilter | None = Field(
         None, description="Check the form of the reasoning and the answer; null to skip."
     )
+    correctness: CorrectnessFilter | None = Field(None, description="Judge the final answer; null to skip.")
     length: LengthFilter | None = Field(None, description="Bound the reasoning's length; null to skip.")
     repetition: RepetitionFilter | None = Field(None, description="Reject text that loops; null to skip.")
+    language: LanguageFilter | None = Field(None, description="Reject mixed languages; null to skip.")
+    readability: ReadabilityFilter | None = Field(None, description="Reject long paragraphs, code; null to skip.")
+    reflection: ReflectionFilter | None = Field(None, description="Count reconsidering words; null to skip.")
+    agreement: AgreementFilter | None = Field(
+        None, description="Without a reference, accept the majority's answer; null to skip."
+    )
+    outliers: OutliersFilter | None = Field(None, description="Reject lengths unusual for the problem; null to skip.")
+    near_duplicate_problems: NearDuplicateProblems | None = Field(
+        None, description="Of problems nearly the same, keep one; null to skip."
+    )
     duplicates: DuplicatesFilter | None = Field(None, description="Reject exact duplicates; null to skip.")
+    near_duplicates: NearDuplicateTraces | None = Field(None, description="Of traces nearly the same, keep one.")
 
 
 class Selection(Section):

@@ -52,11 +52,25 @@ class Verdict(NamedTuple):
 
     passed: bool
     reason: str  # what was found, for a person to read
+    measured: dict[str, float] | None = None  # numbers that the verdict rests on, or that are worth keeping beside it
 
 
 # The words "pass" and "in" are Python keywords, hence the functional form: these are the names on disk.
-FilterVerdict = TypedDict("FilterVerdict", {"pass": bool, "reason": str, "key": str})
-FunnelRow = TypedDict("FunnelRow", {"filter": str, "in": int, "out": int, "tokens_in": int, "tokens_out": int})
+FilterVerdict = TypedDict(
+    "FilterVerdict", {"pass": bool, "reason": str, "key": str, "measured": NotRequired[dict[str, float]]}
+)
+FunnelRow = TypedDict(
+    "FunnelRow",
+    {
+        "filter": str,
+        "in": int,
+        "out": int,
+        "problems_in": int,
+        "problems_out": int,
+        "tokens_in": int,
+        "tokens_out": int,
+    },
+)
 
 
 class LedgerLine(TypedDict):

@@ -4,15 +4,28 @@ Each has `check(traces, problems, settings) -> list[Verdict]`, one verdict a tra
 VERSION that is raised when the same trace would get another verdict: the ledger reuses what was decided
 under the same version and settings. Every filter judges every trace, also what another one has rejected,
 so that a threshold can be changed and the funnel counted anew without asking the teacher again.
+
+Those in COMPARING judge traces against each other. Their `check` has two halves (distill.filters.comparing), so that
+a million traces need not be in memory together. A filter whose verdicts rest on more than trace, problem and settings
+names the rest in `rests_on(settings)`.
 """
 
 from importlib import import_module
 from types import ModuleType
 
-ORDER = ("truncation", "format", "correctness", "length", "repetition", "duplicates")
-
-# Filters that judge all traces together: their verdicts hold for one set of traces only.
-COMPARING = frozenset({"duplicates"})
+COMPARING = ("agreement", "outliers", "near_duplicate_problems", "duplicates", "near_duplicates")
+ORDER = (
+    "truncation",
+    "decontamination",
+    "format",
+    "correctness",
+    "length",
+    "repetition",
+    "language",
+    "readability",
+    "reflection",
+    *COMPARING,
+)
 
 
 def filter_module(name: str) -> ModuleType:

@@ -6,15 +6,22 @@ from distill.records import Problem, Trace, Verdict
 VERSION = 1
 
 
-def check(traces: list[Trace], problems: dict[str, Problem], settings: CorrectnessFilter) -> list[Verdict]:
-    """Pass only 'correct': what cannot be verified is not learnt from. A sample that was cut off is never correct."""
+def check(traces: list[Trace], problems: dict[str, Problem], settings: CorrectnessFilter | None) -> list[Verdict]:
+    """Pass only 'correct': what cannot be verified is not learnt from. A sample that was cut off is never correct.
+
+    With `without_reference: pass`, traces of problems without a reference answer pass unjudged.
+    """
     from evals.grading import grade_many
 
     whole = [trace for trace in traces if trace["finish_reason"] == "stop"]
     asked = [problems[trace["problem_id"]] for trace in whole]
     grades = grade_many([(t["response"], p["answer"], p["kind"]) for t, p in zip(whole, asked, strict=True)])
+    left_open = settings is not None and settings.without_reference == "pass"
     verdicts = {}
     for trace, problem, grade in zip(whole, asked, grades, strict=True):
+        if left_open and problem["answer"] is None:
+            verdicts[trace["id"]] = Verdict(True, "not judged: the problem has no reference answer")
+            continue
         if grade.extracted is None or problem["answer"] is None:
             reason = f"{grade.verdict}: {grade.reason}"
         else:

@@ -1,25 +1,52 @@
-"""duplicates: of traces that are the same text for the same problem, one is enough."""
+"""duplicates: of traces that are the same text for the same problem, one is enough.
 
+The same after normalisation in (problem, reasoning), by a hash of 128 bits. Kept is the first in the recipe's order
+among those that passed every other filter.
+"""
+
+import hashlib
+import sys
+from typing import TYPE_CHECKING
+
+from distill.filters.comparing import Judgement, Rows, check_all
 from distill.identity import normalise
 from distill.recipe import DuplicatesFilter
 from distill.records import Problem, Trace, Verdict
 
-VERSION = 1
+if TYPE_CHECKING:
+    import numpy as np
+
+VERSION = 2
+WIDTH = 16
 
 
 def check(traces: list[Trace], problems: dict[str, Problem], settings: DuplicatesFilter) -> list[Verdict]:
-    """Equal after normalisation in (problem, reasoning); the first in the order given is kept.
+    return check_all(sys.modules[__name__], traces, problems, settings)
 
-    The caller puts the traces that passed every other filter first, so that a rejected trace never stands in
-    the way of an accepted one with the same reasoning.
-    """
-    first: dict[tuple[str, str], Trace] = {}
-    verdicts = []
+
+def digest(traces: list[Trace], problems: dict[str, Problem], settings: DuplicatesFilter) -> "np.ndarray":
+    import numpy as np
+
+    found = bytearray()
     for trace in traces:
-        key = (normalise(problems[trace["problem_id"]]["problem"]), normalise(trace["reasoning"]))
-        kept = first.setdefault(key, trace)
-        if kept is trace:
-            verdicts.append(Verdict(True, "the first with this reasoning"))
-        else:
-            verdicts.append(Verdict(False, f"same reasoning as sample {kept['sample']} (trace {kept['id']})"))
-    return verdicts
+        text = f"{normalise(problems[trace['problem_id']]['problem'])}\0{normalise(trace['reasoning'])}"
+        found += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=WIDTH).digest()
+    return np.frombuffer(bytes(found), dtype=np.uint8).reshape(len(traces), WIDTH)
+
+
+def compare(rows: Rows, settings: DuplicatesFilter) -> Judgement:
+    import numpy as np
+
+    first = np.arange(len(rows.order))  # of each trace, the one with the same reasoning that is kept
+    if len(first):
+        keys = np.ascontiguousarray(rows.payload).view("V16").ravel()[rows.order]
+        _, leader, group = np.unique(keys, return_index=True, return_inverse=True)
+        first[rows.order] = rows.order[leader[group]]
+
+    def reason(row: int) -> str:
+        kept = int(first[row])
+        if kept == row:
+            return "the first with this reasoning"
+        return f"same reasoning as sample {rows.sample[kept]} (trace {rows.name(kept)})"
+
+    return Judgement(first == np.arange(len(first)), reason)

@@ -5,12 +5,14 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from distill.filters import ORDER, correctness, duplicates, filter_module, length, truncation
+from distill.filters import COMPARING, ORDER, correctness, duplicates, filter_module, length, truncation
 from distill.filters import format as format_filter
-from distill.recipe import CorrectnessFilter, DuplicatesFilter, FormatFilter, LengthFilter
+from distill.recipe import CorrectnessFilter, DuplicatesFilter, Filters, FormatFilter, LengthFilter, ProblemSource
+from distill.records import Verdict
 from tests.distill.small_run import problem, trace
 
 DATA = Path(os.environ.get("DISTILL_DATA", Path(__file__).resolve().parents[2] / ".." / "shared" / "data"))
@@ -27,11 +29,19 @@ def one(module, text, settings, of=None, end="stop"):
     return verdict
 
 
+def default_settings(name):
+    if name == "truncation":
+        return None
+    given = {"against": [ProblemSource(source="none.jsonl")]} if name == "decontamination" else {}
+    return get_args(Filters.model_fields[name].annotation)[0](**given)
+
+
 def test_every_filter_has_the_same_interface():
+    assert set(ORDER) == {"truncation", *Filters.model_fields} and ORDER[-len(COMPARING) :] == COMPARING
     for name in ORDER:
         module = filter_module(name)
         assert callable(module.check) and isinstance(module.VERSION, int)
-        assert judge(module, []) == []
+        assert judge(module, [], settings=default_settings(name)) == []
 
 
 @pytest.mark.parametrize(
@@ -61,7 +71,7 @@ def test_truncation(end, passed, reason):
     ],
 )
 def test_format_accepts(text):
-    assert one(format_filter, text, FormatFilter()) == (True, "one think block, then an answer")
+    assert one(format_filter, text, FormatFilter()) == Verdict(True, "one think block, then an answer")
 
 
 @pytest.mark.parametrize(
@@ -115,9 +125,10 @@ def test_format_of_real_r1_traces_lacks_nothing_but_boxes():
 def test_length_bounds():
     of = problem()
     text = "one two three four five\n</think>\n\n\\boxed{4}"
-    assert one(length, text, LengthFilter(max_reasoning_tokens=5), of) == (True, "5 reasoning tokens")
-    assert one(length, text, LengthFilter(max_reasoning_tokens=4), of) == (False, "5 reasoning tokens, more than 4")
-    assert one(length, text, LengthFilter(min_reasoning_tokens=6), of) == (False, "5 reasoning tokens, fewer than 6")
+    few, many = "5 reasoning tokens, fewer than 6", "5 reasoning tokens, more than 4"
+    assert one(length, text, LengthFilter(max_reasoning_tokens=5), of) == Verdict(True, "5 reasoning tokens")
+    assert one(length, text, LengthFilter(max_reasoning_tokens=4), of) == Verdict(False, many)
+    assert one(length, text, LengthFilter(min_reasoning_tokens=6), of) == Verdict(False, few)
     assert one(length, text, LengthFilter(), of).passed
     assert not one(length, "</think>\\boxed{4}", LengthFilter(), of).passed
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.filters.repetition import check, find_loop, previous_occurrences, split_words
+from distill.filters.repetition import check, find_loop, repeats
+from distill.filters.words import cut_words
 from distill.recipe import RepetitionFilter
 from tests.distill.small_run import problem, trace
 
@@ -38,7 +39,8 @@ def prose(words, seed=0):
 def test_a_loop_is_found_where_it_is(period, times, before):
     text, unit = prose(before), [f"u{n}" for n in range(period)]
     words = text + unit * times + prose(300, seed=1)
-    found = find_loop(words, previous_occurrences(words, 16), 16)
+    [cut] = cut_words([" ".join(words)])
+    found = find_loop(cut, *repeats(cut.hash, 16), 16)
     assert (found.start, found.end, found.period) == (before, before + period * times, period)
     assert found.times == pytest.approx(times)
     said = verdict(" ".join(words))
@@ -84,12 +86,16 @@ def test_short_texts_pass(text):
 
 @settings(max_examples=60)
 @given(st.lists(st.sampled_from("abc"), max_size=80), st.integers(2, 5))
-def test_previous_occurrences_equal_a_direct_search(words, ngram):
-    direct = [
-        max((j for j in range(i) if words[j : j + ngram] == words[i : i + ngram]), default=-1)
-        for i in range(max(len(words) - ngram + 1, 0))
-    ]
-    assert previous_occurrences(words, ngram).tolist() == direct
+def test_repeats_equal_a_direct_search(words, ngram):
+    last, direct = {}, []
+    for i in range(max(len(words) - ngram + 1, 0)):
+        stretch = tuple(words[i : i + ngram])
+        if stretch in last:
+            direct.append((i, i - last[stretch]))
+        last[stretch] = i
+    [cut] = cut_words([" ".join(words)])
+    starts, distances = repeats(cut.hash, ngram)
+    assert list(zip(starts.tolist(), distances.tolist(), strict=True)) == direct
 
 
 def worked(count):
@@ -138,7 +144,3 @@ def test_loops_spliced_into_real_traces_are_found():
             total += 1
             missed += verdict(" ".join(looped)).passed
     assert total > 1000 and missed / total <= 0.005, f"{missed} of {total} loops missed"
-
-
-def test_words():
-    assert split_words("a+b=12, isn't 数学") == ["a", "+", "b", "=", "12", ",", "isn", "'", "t", "数", "学"]

@@ -9,9 +9,10 @@ import pytest
 
 from distill import filtering, problems, traces
 from distill.errors import UserError
-from distill.filters import ORDER, filter_module
+from distill.filters import COMPARING, ORDER, filter_module
 from tests.distill.small_run import FakeTeacher, install, make_recipe, open_run, problem, right_reply, trace
 
+USED = ("truncation", "format", "correctness", "length", "repetition", "duplicates")  # of the small recipe
 GOOD = "Thinking of {seed}.\n</think>\n\nThe answer is \\boxed{{{answer}}}."
 
 
@@ -68,16 +69,23 @@ def tree(folder):
 
 
 def count_checks(monkeypatch):
-    """How many traces each filter is asked to judge from now on."""
+    """How many traces each filter is asked to judge, or to compare, from now on."""
     checks = Counter()
     for name in ORDER:
         module = filter_module(name)
 
-        def counted(found, asked, settings, name=name, check=module.check):
+        def counted(found, *rest, name=name, check=module.check):
             checks[name] += len(found)
-            return check(found, asked, settings)
+            return check(found, *rest)
 
         monkeypatch.setattr(module, "check", counted)
+        if name in COMPARING:
+
+            def compared(rows, settings, name=name, compare=module.compare):
+                checks[name] += len(rows.order)
+                return compare(rows, settings)
+
+            monkeypatch.setattr(module, "compare", compared)
     return checks
 
 
@@ -87,11 +95,11 @@ def test_every_trace_gets_every_verdict_with_a_reason(made):
     rows = ledger(folder)
     assert len(rows) == 120 and facts["judged"] == 120 * 6
     for row in rows:
-        assert tuple(row["verdicts"]) == ORDER
+        assert tuple(row["verdicts"]) == USED
         assert row["accepted"] == all(v["pass"] for v in row["verdicts"].values())
         assert all(v["reason"] for v in row["verdicts"].values())
     failed = Counter(name for row in rows for name, v in row["verdicts"].items() if not v["pass"])
-    assert all(failed[name] for name in ORDER), failed
+    assert all(failed[name] for name in USED), failed
     assert facts["accepted"] == sum(row["accepted"] for row in rows) > 0
 
 
@@ -104,7 +112,7 @@ def test_the_funnel_can_be_counted_again_from_the_ledger_and_the_traces(made):
         tokens[row["id"]] = row["reasoning_tokens"] + row["answer_tokens"]
     left = ledger(folder)
     funnel = json.loads((folder / "funnel.json").read_text())
-    assert [row["filter"] for row in funnel] == list(ORDER)
+    assert [row["filter"] for row in funnel] == list(USED)
     for row in funnel:
         kept = [line for line in left if line["verdicts"][row["filter"]]["pass"]]
         assert (row["in"], row["out"]) == (len(left), len(kept))
