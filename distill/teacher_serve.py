@@ -34,9 +34,11 @@ class ServeOptions:
 
 def run(model: str, options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ValueError for a model or an option that cannot be served."""
+    from distill.embedded import teacher_folder
     from teacher.server.run import bind, serve
 
-    # The port first: that it is taken should not be learnt after minutes of loading.
+    # What costs nothing to find wrong comes before minutes of loading.
+    teacher_folder(model, field="MODEL")
     socket = bind(options.host, options.port)
     with socket:
         app, name, about = _on_our_engine(model, options)
