@@ -25,8 +25,10 @@ def load_model(
 ) -> DeepseekV3:
     """Load a checkpoint folder, or build a model with fresh weights from a config (an object or a .json file).
 
-    `dtype` defaults to the dtype of the checkpoint (fp32 for fresh weights). Raises ValueError naming what is wrong
-    with the folder. torch is imported only here, so that `import teacher` costs nothing.
+    `dtype` defaults to the dtype of the checkpoint (fp32 for fresh weights); block-FP8 matrices become that of the
+    embedding beside them, bf16 in DeepSeek's. Weights go straight from the mapped files to their place on `device`;
+    on "meta" none are read. Raises ValueError naming what is wrong with the folder, its file and its tensor. torch is
+    imported only here, so that `import teacher` costs nothing.
     """
     from teacher.checkpoint_read import load_checkpoint
 

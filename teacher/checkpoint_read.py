@@ -26,7 +26,7 @@ from teacher.model import DeepseekV3
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 # A file is mapped anew after so many bytes, so that pages already copied leave the process.
-_WINDOW = 256 * 1024**2
+_WINDOW = 64 * 1024**2
 
 
 def load_checkpoint(
@@ -50,8 +50,7 @@ def load_checkpoint(
         message = f"{source}: no MTP weights although num_nextn_predict_layers is set; loading without"
         warnings.warn(message, stacklevel=3)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    with torch.device("meta"):
-        model = DeepseekV3(dataclasses.replace(config, quantization_config=None))
+    model = DeepseekV3.on_meta(dataclasses.replace(config, quantization_config=None))
     expected = {name: list(tensor.shape) for name, tensor in disk_tensors(model)}
     copies = mtp_copies(config)
     _check(source, config, expected | {copy: expected[name] for copy, name in copies.items()}, stored, set(copies))
@@ -68,8 +67,8 @@ def load_checkpoint(
 def _fresh(config: DeepseekV3Config, dtype: torch.dtype, device: torch.device) -> DeepseekV3:
     """Fresh weights, drawn on the CPU so that a seed gives the same ones for every device; none on meta."""
     config = dataclasses.replace(config, quantization_config=None)
-    with torch.device("meta" if device.type == "meta" else "cpu"):
-        return _cast(DeepseekV3(config), dtype).to(device)
+    model = DeepseekV3.on_meta(config) if device.type == "meta" else DeepseekV3(config)
+    return _cast(model, dtype).to(device)
 
 
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -21,8 +21,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # e4m3's largest finite value
 WEIGHT_BLOCK = (128, 128)
 ACTIVATION_BLOCK = (1, 128)
-# Values dequantised at a time: 8 MiB of fp32 beside the result, whatever the size of the tensor.
-_STRIP = 2 * 1024**2
+# Values dequantised at a time, whatever the size of the tensor: 1 MiB of fp32 stays in a CPU's cache; a GPU gets 64.
+_STRIP = 2**18
 
 
 def scale_shape(shape: tuple[int, ...] | list[int], block: tuple[int, int] = WEIGHT_BLOCK) -> list[int]:
@@ -53,6 +53,14 @@ def quantize(x_RC: Tensor, block: tuple[int, int] = WEIGHT_BLOCK, power_of_two: 
     return values.view(padded.shape)[:rows, :columns].to(FP8), scale_rc
 
 
+def decode(values: Tensor) -> Tensor:
+    """e4m3 to fp32. On a CPU through a table of the 256 codes: torch's own cast takes eight times as long."""
+    if values.device.type != "cpu":
+        return values.float()
+    table = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    return table.index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape)
+
+
 def dequantize(
     values_RC: Tensor,
     scale_rc: Tensor,
@@ -70,10 +78,11 @@ def dequantize(
         out_RC = torch.empty(rows, columns, dtype=dtype, device=values_RC.device)
     scale_rC = scale_rc.float().repeat_interleave(block[1], dim=1)[:, :columns]
     whole = rows - rows % block[0]
-    step = block[0] * max(1, _STRIP // (block[0] * columns))
+    strip_size = _STRIP if values_RC.device.type == "cpu" else 64 * _STRIP
+    step = block[0] * max(1, strip_size // (block[0] * columns))
     edges = [*range(0, whole, step), whole] + ([rows] if whole < rows else [])
     for start, stop in pairwise(edges):
         strip_scale = scale_rC[start // block[0] : -(-stop // block[0])]
-        strip = values_RC[start:stop].float().view(len(strip_scale), -1, columns).mul_(strip_scale.unsqueeze(1))
+        strip = decode(values_RC[start:stop]).view(len(strip_scale), -1, columns).mul_(strip_scale.unsqueeze(1))
         out_RC[start:stop] = strip.view(stop - start, columns)
     return out_RC

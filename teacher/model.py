@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from teacher.attention import CacheView
@@ -37,6 +38,15 @@ class ModelOutput:
     routing: list[Routing]  # one per MoE layer, in layer order, MTP layers last if they ran; rows are B * T tokens
     mtp_hidden: list[Tensor] = field(default_factory=list)  # k-th (from 1): (B, T - k, H) after its head's norm
     mtp_logits: list[Tensor] = field(default_factory=list)  # k-th: (B, T - k, V), position i predicts i + 1 + k
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves out what nn.Linear and nn.Embedding draw for themselves; on meta that imports a compiler, for a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class Backbone(nn.Module):
@@ -66,10 +76,20 @@ class DeepseekV3(nn.Module):
         if not self.lm_head.weight.is_meta:
             self.initialize()
 
+    @classmethod
+    def on_meta(cls, config: DeepseekV3Config) -> DeepseekV3:
+        """The model without memory, as loading and counting begin: 671B parameters in a tenth of a second."""
+        with torch.device("meta"), _SkipInit():
+            return cls(config)
+
     def fill_rotation_table(self) -> None:
         """Compute cos and sin of every position on the device of the weights; they are not part of a checkpoint."""
-        cos, sin = rotation_table(self.config, self.config.max_position_embeddings)
         device = self.lm_head.weight.device
+        if device.type == "meta":
+            shape = self.config.max_position_embeddings, self.config.qk_rope_head_dim // 2
+            cos = sin = torch.empty(shape, dtype=torch.float32, device=device)
+        else:
+            cos, sin = rotation_table(self.config, self.config.max_position_embeddings)
         self.register_buffer("cos_TD", cos.to(device), persistent=False)
         self.register_buffer("sin_TD", sin.to(device), persistent=False)
 

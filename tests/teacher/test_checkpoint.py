@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from teacher import load_model
@@ -260,6 +260,44 @@ def test_mapping_a_file_in_parts_changes_nothing(model, folder, window, monkeypa
     assert_same(model, load_model(folder))
     save_checkpoint(model, folder, shard_bytes=30_000)
     assert_same(model, load_model(folder))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_every_tensor_is_read_once_and_copied_into_its_place(model, tmp_path, fp8, monkeypatch):
+    save_checkpoint(model, tmp_path, torch.bfloat16, shard_bytes=30_000, fp8=fp8)
+    read, held = [], []
+
+    class Watched:
+        def __init__(self, path, framework):
+            self.file = safe_open(path, framework)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            self.file.__exit__(*error)
+
+        def get_tensor(self, name):
+            tensor = self.file.get_tensor(name)
+            read.append(name)
+            held.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, tensor))
+            return tensor
+
+    monkeypatch.setattr("teacher.checkpoint_read.safe_open", Watched)
+    loaded = load_model(tmp_path)
+    assert sorted(read) == sorted(json.loads((tmp_path / INDEX).read_text())["weight_map"])
+    for tensor in loaded.state_dict().values():  # nothing of the model lies in a mapped file
+        assert not any(start <= tensor.data_ptr() < stop for start, stop, _ in held)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fp8", [False, True])
+def test_loading_to_a_gpu_gives_the_same_values(model, tmp_path, fp8):
+    model.save_pretrained(tmp_path, "bfloat16", fp8=fp8)
+    expected = load_model(tmp_path).state_dict()
+    for name, tensor in load_model(tmp_path, device="cuda").state_dict().items():
+        assert tensor.is_cuda and torch.equal(tensor.cpu(), expected[name]), name
 
 
 @pytest.mark.parametrize("layout", ["single to single", "single to shards", "shards to shards", "shards to single"])

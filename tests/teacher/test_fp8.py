@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from teacher.fp8 import ACTIVATION_BLOCK, FP8, FP8_MAX, WEIGHT_BLOCK, dequantize, quantize, scale_shape
+from teacher.fp8 import ACTIVATION_BLOCK, FP8, FP8_MAX, WEIGHT_BLOCK, decode, dequantize, quantize, scale_shape
 
 SHAPES = [(1, 1), (128, 128), (129, 127), (576, 320), (100, 1000), (3, 128), (260, 5)]
 
@@ -55,6 +55,14 @@ def test_dequantized_values_are_value_times_scale(shape, block, dtype):
     into = torch.full((shape[0] + 2, shape[1]), float("nan"), dtype=dtype)
     dequantize(values, scale, block=block, out_RC=into[1:-1])
     assert torch.equal(into[1:-1], expected) and into[0].isnan().all() and into[-1].isnan().all()
+
+
+def test_every_code_is_decoded():
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    assert torch.equal(decode(codes).nan_to_num(1e9), codes.float().nan_to_num(1e9))
+    assert decode(codes).isnan().sum() == 2
+    grid = codes.repeat(3, 2).t()  # neither contiguous nor flat
+    assert torch.equal(decode(grid).nan_to_num(1e9), grid.float().nan_to_num(1e9))
 
 
 def test_strips_of_a_large_tensor_meet(monkeypatch):
