@@ -51,9 +51,23 @@ def traces(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDi
 
 
 @app.command("filter")
-def filter_traces(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+def filter_traces(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    explain: Annotated[
+        str | None, typer.Option(metavar="TRACE_ID", help="Only tell why this trace was accepted or rejected.")
+    ] = None,
+) -> None:
     """Judge the traces, write the dataset."""
-    _stages(["filter"], recipe, overrides, runs_dir)
+    if explain is None:
+        return _stages(["filter"], recipe, overrides, runs_dir)
+    from distill.explain import explain as explained
+
+    loaded, folder = _recipe_and_folder(recipe, overrides, runs_dir)
+    _must_exist(folder)
+    for line in explained(loaded, folder, explain):
+        typer.echo(line)
 
 
 @app.command()

@@ -103,7 +103,7 @@ def write_card(run: "RunFolder", recipe: Recipe, rows: Mapping[str, int], funnel
         funnel="\n".join(
             f"| {r['filter']} | {r['in']:,} | {r['out']:,} | {r['tokens_in']:,} | {r['tokens_out']:,} |" for r in funnel
         ),
-        separation=_separation(manifest.get("problems")),
+        separation=_separation(manifest.get("problems")) + _decontamination(manifest.get("decontamination")),
         files="\n".join(f"| {name} | {count:,} | `{sha256_file(folder / name)}` |" for name, count in rows.items()),
     )
     front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
@@ -142,4 +142,21 @@ def _separation(proof: Mapping[str, Any] | None) -> str:
         f"None of the {train['count']:,} training problems is among the {evaluation['count']:,} evaluation problems: "
         f"their hashes (sha256 of the NFKC, case-folded, blank-collapsed text) have {proof['overlap']} in common. "
         f"Sha256 of the sorted hashes, one a line: training `{train['sha256']}`, evaluation `{evaluation['sha256']}`."
+    )
+
+
+def _decontamination(proof: Mapping[str, Any] | None) -> str:
+    """What was compared, how, and what was found; both texts of every hit are in the run's contamination.jsonl."""
+    if proof is None:
+        return ""
+    settings, hits = proof["settings"], proof["hits"]
+    found = ", ".join(f"{count:,} {how}" for how, count in hits.items()) or "none"
+    sets = "\n".join(f"| {entry['name']} | {entry['rows']:,} | `{entry['sha256']}` |" for entry in proof["sets"])
+    return (
+        f"\n\nThe {proof['problems']:,} problems were also compared with the evaluation sets below: the same text "
+        f"after normalisation; over {settings['max_overlap']:.0%} of an item's stretches of {settings['ngram']} words, "
+        f"or a shorter item as a whole; word triples with a Jaccard similarity of {settings['similarity']} or more"
+        f"{'; the same with other numbers' if settings['numbers'] else ''}. {proof['dropped']:,} problems were dropped "
+        f"with all their traces ({found}). The hash is the sha256 of the sorted hashes of a set's texts, as above.\n\n"
+        f"| evaluation set | problems | sha256 |\n|---|---|---|\n{sets}"
     )

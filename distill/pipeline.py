@@ -59,6 +59,8 @@ def _filter_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
     # traces.jsonl may hold traces of earlier settings too: which of them count follows from sampling and teacher.
     wanted = [recipe.seed, recipe.sampling.model_dump(), run.manifest.data.get("teacher")]
     settings = [recipe.filters.model_dump(), recipe.selection.model_dump()]
+    if recipe.filters.decontamination is not None:
+        settings += [{"set": _source_hash(source)} for source in recipe.filters.decontamination.against]
     return [wanted, settings, _hash(run, "problems.jsonl"), _hash(run, "traces/traces.jsonl")]
 
 

@@ -46,7 +46,8 @@ def digest(traces: list[Trace], problems: dict[str, Problem], settings: Agreemen
 
 def _answer(trace: Trace, kind: str) -> str | None:
     from evals.grading import extract_answer
-    from evals.grading.exact import normalise, number, plain_string
+    from evals.grading.exact import normalise, plain_string
+    from evals.grading.numbers import number
 
     answer = extract_answer(trace["response"], kind) if trace["finish_reason"] == "stop" else None
     if answer is None or len(answer) > 2000:

@@ -1,8 +1,14 @@
-"""truncation: the sample ended by itself. Always on: a reply that was cut off teaches not to finish."""
+"""truncation: the sample ended by itself. Always on: a reply that was cut off teaches not to finish.
+
+Published traces often come without the reason for their end. Where it is "unknown" the text has to show it: the
+thinking closed, and the response neither stops in mid-formula nor at a word or comma that asks for more.
+"""
+
+import re
 
 from distill.records import Problem, Trace, Verdict
 
-VERSION = 1
+VERSION = 2
 
 _REASONS = {
     "length": "cut off after {tokens} tokens (max_tokens {max_tokens})",
@@ -18,6 +24,8 @@ def check(traces: list[Trace], problems: dict[str, Problem], settings: None) -> 
 def _check(trace: Trace) -> Verdict:
     if trace["finish_reason"] == "stop":
         return Verdict(True, "ended by itself")
+    if trace["finish_reason"] == "unknown":
+        return _check_text(trace["text"], trace["response"])
     reason = _REASONS.get(trace["finish_reason"], "did not end by itself: {finish_reason}")
     return Verdict(
         False,
@@ -28,3 +36,23 @@ def _check(trace: Trace) -> Verdict:
             finish_reason=trace["finish_reason"],
         ),
     )
+
+
+_UNFINISHED = re.compile(
+    r"(?:[,;:(\[{=+*/\\^_-]|\b(?:the|a|an|of|and|or|to|is|are|in|with|by|that|for))\Z", re.IGNORECASE
+)
+
+
+def _check_text(text: str, response: str) -> Verdict:
+    """For traces whose end nobody recorded."""
+    if "</think>" not in text:
+        return Verdict(False, "cut off, it seems: the thinking never closes")
+    if not response:
+        return Verdict(False, "cut off, it seems: nothing after </think>")
+    if response.count("```") % 2:
+        return Verdict(False, "cut off, it seems: a code block is open at the end")
+    if response.count("$$") % 2 or response.count("\\[") > response.count("\\]"):
+        return Verdict(False, "cut off, it seems: a formula is open at the end")
+    if _UNFINISHED.search(response[-40:]):
+        return Verdict(False, f"cut off, it seems: it ends in '{response[-20:]}'")
+    return Verdict(True, "ended, as far as the text shows")
