@@ -54,6 +54,7 @@ class Judge:
     max_tokens: int = 4096
     seconds: float = 120.0
     attempts: int = 3
+    pause: float = 0.5  # seconds before the second attempt, doubling
     key_variable: str = "DISTILL_JUDGE_KEY"
 
     def __post_init__(self) -> None:
@@ -134,7 +135,8 @@ class Judge:
                     raise _NoVote(failure) from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 failure = f"{type(error).__name__}: {str(error)[:100]}"
-            time.sleep(max(0.0, min(0.5 * 2**attempt, deadline - time.monotonic())))
+            if attempt + 1 < self.attempts:
+                time.sleep(max(0.0, min(self.pause * 2**attempt, deadline - time.monotonic())))
         raise _NoVote(failure)
 
 

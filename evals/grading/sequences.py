@@ -105,6 +105,11 @@ def _same_as_sets(a: tuple[str, ...], b: tuple[str, ...]) -> bool | None:
     return False if certain else None
 
 
+def _empty(interval: Structure) -> bool:
+    ends = [number(element) for element in interval.elements]
+    return ends[0] is not None and ends[1] is not None and ends[0] >= ends[1]
+
+
 def same_structure(a: Structure, b: Structure) -> bool | None:
     """Whether answer `a` equals reference `b`, or None where that is not certain."""
     if "matrix" in (a.kind, b.kind):
@@ -112,6 +117,8 @@ def same_structure(a: Structure, b: Structure) -> bool | None:
             return None
         return False if a.columns != b.columns else _same_in_order(a.elements, b.elements)
     if a.kind == b.kind:
+        if a.kind[0] in "[(" and a.elements != b.elements and (_empty(a) or _empty(b)):
+            return None  # [0, 0) and [0, -1) are one interval
         return (
             _same_as_sets(a.elements, b.elements)
             if a.kind in ("list", "set")

@@ -174,7 +174,7 @@ class _Remote:
     def _refuse(self, *_: Any) -> Any:
         raise NotPlainData(f"the tests look into a {self._name} of the program's own")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __len__ = __contains__ = __getitem__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = __getitem__ = _refuse
     __hash__ = _refuse
 
 
@@ -272,7 +272,7 @@ def _verdict(tests: dict[str, Any], line: wire.Line) -> tuple[str, str]:
             exec(compile(test, "test.py", "exec", dont_inherit=True), scope)
             check = scope.pop("check", None) if function is not None else None
             if callable(check) and not isinstance(check, _Remote):
-                check(program[function])
+                check(program[str(function)])
         except Exception as error:
             return "wrong", f"test {done + 1} of {len(tests['code'])}: {_short(error)}"
         done += 1
