@@ -173,12 +173,8 @@ class Scheduler:
         victim = (self.prefilling or self.running)[-1]
         victim.tokens = self.slots.tokens(victim.slot)
         self.preempted += 1
-        waiting = [victim, *self._followers.get(victim, ())]
         self.leave(victim)
-        for sequence in waiting[1:]:
-            self._free.append(sequence.slot)
-            sequence.slot = -1
-        self.waiting.extendleft(reversed(waiting))
+        self.waiting.appendleft(victim)
 
     def leave(self, sequence: Sequence) -> None:
         """Take a sequence out of its slot, or out of the queue. Followers of one that has not run yet wait again."""
@@ -190,7 +186,10 @@ class Scheduler:
         elif sequence in self.prefilling:
             self.prefilling.remove(sequence)
             self._leaders.pop(tuple(sequence.tokens), None)
-            self._followers.pop(sequence, None)
+            for follower in reversed(self._followers.pop(sequence, [])):
+                self._free.append(follower.slot)
+                follower.slot = -1
+                self.waiting.appendleft(follower)
         else:
             next(others for others in self._followers.values() if sequence in others).remove(sequence)
         self.pool.release(self.slots.pages(sequence.slot))

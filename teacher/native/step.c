@@ -71,42 +71,89 @@ static inline void rotate(float *x, const float *cosine, const float *sine) {
     }
 }
 
+// Heads whose attended latents are summed up together: as many as fit into half of the vector registers.
+#if HEADS % 8 == 0 && 8 * RANK <= 256
+#define BLOCK 8
+#elif HEADS % 4 == 0 && 4 * RANK <= 256
+#define BLOCK 4
+#elif HEADS % 2 == 0 && 2 * RANK <= 256
+#define BLOCK 2
+#else
+#define BLOCK 1
+#endif
+
+// Products of each head's query with each key of a page; head h's go to scores + h * stride.
+#if defined(__AVX512F__) && LATENT % 16 == 0 && PAGE % 16 == 0
+typedef float Vector __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Lanes __attribute__((vector_size(64)));
+
+// Sums of neighbouring lanes of a, then of b: four such levels turn sixteen vectors into the vector of their sums.
+static inline Vector pairs(Vector a, Vector b) {
+    const Lanes even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+}
+
+static void score(const float *keys, const float *query, int64_t stride, float *scores) {
+    for (int h = 0; h < HEADS; h++)
+        for (int t = 0; t < PAGE; t += 16) {
+            const Vector *q = (const Vector *)(query + h * LATENT), *k = (const Vector *)(keys + t * LATENT);
+            Vector sums[16];
+#pragma GCC unroll 16
+            for (int j = 0; j < 16; j++) {
+                sums[j] = q[0] * k[j * (LATENT / 16)];
+                for (int i = 1; i < LATENT / 16; i++) sums[j] += q[i] * k[j * (LATENT / 16) + i];
+            }
+#pragma GCC unroll 4
+            for (int left = 8; left > 0; left /= 2)
+#pragma GCC unroll 8
+                for (int j = 0; j < left; j++) sums[j] = pairs(sums[2 * j], sums[2 * j + 1]);
+            *(Vector *)(scores + h * stride + t) = sums[0];
+        }
+}
+#else
+static void score(const float *keys, const float *query, int64_t stride, float *scores) {
+    for (int t = 0; t < PAGE; t++)
+        for (int h = 0; h < HEADS; h++) {
+            float sum = 0.0f;
+            SIMD_SUM(sum) for (int i = 0; i < LATENT; i++) sum += query[h * LATENT + i] * keys[t * LATENT + i];
+            scores[h * stride + t] = sum;
+        }
+}
+#endif
+
 // Softmax attention of one token's heads over positions first..end-1; all heads read the same cache entry.
 static void attend(const Model *model, const float *cache, const int32_t *pages, int64_t first, int64_t end,
                    const float *query, float *scores, float *out) {
-    float most[HEADS], total[HEADS];
-    for (int h = 0; h < HEADS; h++) most[h] = -INFINITY, total[h] = 0.0f;
-    const int64_t width = end - first;
-    for (int64_t t = first; t < end; t++) {
-        const float *key = cache + ((int64_t)pages[t / PAGE] * PAGE + t % PAGE) * LATENT;
-        for (int h = 0; h < HEADS; h++) {
-            float sum = 0.0f;
-            SIMD_SUM(sum) for (int i = 0; i < LATENT; i++) sum += query[h * LATENT + i] * key[i];
-            sum *= model->scale;
-            scores[h * width + t - first] = sum;
-            most[h] = sum > most[h] ? sum : most[h];
-        }
+    // Scores lie in rows of whole pages, so that `score` may fill a page at a time; what is not to be seen is left out.
+    const int64_t skipped = first / PAGE, used = (end + PAGE - 1) / PAGE, width = (used - skipped) * PAGE;
+    for (int64_t page = skipped; page < used; page++) {
+        // Pages lie anywhere in memory, and a batch's are more than the near caches hold: ask for the next one early.
+        const float *next = cache + (int64_t)pages[page + 1 < used ? page + 1 : page] * PAGE * LATENT;
+        for (int i = 0; i < PAGE * LATENT; i += 16) __builtin_prefetch(next + i);
+        score(cache + (int64_t)pages[page] * PAGE * LATENT, query, width, scores + (page - skipped) * PAGE);
     }
+    const int64_t from = first - skipped * PAGE, to = end - skipped * PAGE;
+    float factor[HEADS];
     for (int h = 0; h < HEADS; h++) {
-        float sum = 0.0f, *s = scores + h * width;
-        const float top = most[h];
-        SIMD_SUM(sum) for (int64_t t = 0; t < width; t++) {
-            s[t] = exponential(s[t] - top);
+        float sum = 0.0f, most = -INFINITY, *s = scores + h * width;
+        PRAGMA(omp simd reduction(max : most)) for (int64_t t = from; t < to; t++) most = s[t] > most ? s[t] : most;
+        SIMD_SUM(sum) for (int64_t t = from; t < to; t++) {
+            s[t] = exponential((s[t] - most) * model->scale);
             sum += s[t];
         }
-        total[h] = sum;
+        factor[h] = 1.0f / sum;
     }
-    float sums[HEADS * RANK] = {0};
-    for (int64_t t = first; t < end; t++) {
-        const float *value = cache + ((int64_t)pages[t / PAGE] * PAGE + t % PAGE) * LATENT;
-        for (int h = 0; h < HEADS; h++) {
-            const float share = scores[h * width + t - first];
-            SIMD for (int i = 0; i < RANK; i++) sums[h * RANK + i] += share * value[i];
+    for (int block = 0; block < HEADS; block += BLOCK) {
+        float sums[BLOCK][RANK] = {{0}};
+        for (int64_t t = from; t < to; t++) {
+            const float *value = cache + ((int64_t)pages[skipped + t / PAGE] * PAGE + t % PAGE) * LATENT;
+            for (int h = 0; h < BLOCK; h++) {
+                const float share = scores[(block + h) * width + t];
+                SIMD for (int i = 0; i < RANK; i++) sums[h][i] += share * value[i];
+            }
         }
-    }
-    for (int h = 0; h < HEADS; h++) {
-        const float factor = 1.0f / total[h];
-        SIMD for (int i = 0; i < RANK; i++) out[h * RANK + i] = sums[h * RANK + i] * factor;
+        for (int h = 0; h < BLOCK; h++)
+            SIMD for (int i = 0; i < RANK; i++) out[(block + h) * RANK + i] = sums[h][i] * factor[block + h];
     }
 }
 
@@ -230,7 +277,7 @@ static void run_layer(const Model *model, const Layer *layer, float *cache, cons
                       float *x, float *work) {
     const int64_t n = step->count;
     // `a` and `b` are each large enough for whatever of one half of the layer lives in them; see workspace().
-    float *normed = work, *scores = normed + n * HIDDEN, *a = scores + HEADS * step->longest;
+    float *normed = work, *scores = normed + n * HIDDEN, *a = scores + HEADS * (step->longest + 2 * PAGE);
     const int64_t half = n * (int64_t)(TOP_K * (2 * HIDDEN + 3) + DOWN + QRANK);
     float *b = a + half;
     attention(model, layer, cache, step, first, x, normed, a, b, scores);
@@ -251,7 +298,7 @@ int64_t workspace(const Model *model, int64_t count, int64_t longest) {
     const int64_t a = TOP_K * (2 * HIDDEN + 3) + DOWN + QRANK;
     const int64_t routed = TOP_K * 3 * INNER + EXPERTS, dense = 3 * model->widest, heads = WIDE + HEADS * RANK;
     const int64_t b = routed > dense ? (routed > heads ? routed : heads) : (dense > heads ? dense : heads);
-    return count * (4 * HIDDEN + a + b) + HEADS * longest;
+    return count * (4 * HIDDEN + a + b) + HEADS * (longest + 2 * PAGE);
 }
 
 static void logits_of(const Model *model, int64_t wanted, const int64_t *which, const float *hidden, const float *norm,
