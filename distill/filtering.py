@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -233,7 +234,7 @@ class _Stage:
             return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
 
     def _name(self, row: int) -> str:
-        return cast(str, json.loads(self.traces.read(int(self.chosen[row])))["id"])
+        return self.traces.value(int(self.chosen[row]), "id")
 
     def stored_accepted(self) -> Iterator[Trace]:
         import numpy as np
@@ -299,10 +300,11 @@ class _Stage:
         judgement = self.judgements[name]
         if isinstance(judgement, _Reused):
             earlier = json.loads(self.ledgers[int(self.ledger[row])].read(int(self.ledger_line[row])))
-            verdict = earlier["verdicts"][name]
-        else:
-            verdict = on_disk(judgement.verdict(row), self.keys[name])
-        return f'"{name}": {json.dumps(verdict, ensure_ascii=False)}'.encode("utf-8", "backslashreplace")
+            return _fragment(name, json.dumps(earlier["verdicts"][name], ensure_ascii=False))
+        verdict = judgement.verdict(row)
+        if verdict.measured is None:
+            return _plain_fragment(name, verdict.passed, verdict.reason, self.keys[name])
+        return _fragment(name, json.dumps(on_disk(verdict, self.keys[name]), ensure_ascii=False))
 
     def write_contamination(self) -> None:
         """contamination.jsonl with every hit, and the proof for the card in the manifest."""
@@ -329,6 +331,16 @@ class _Stage:
         compared = len(np.unique(self.problem))
         proof = {"sets": decontamination.proof(settings), "settings": plain(settings), "problems": compared}
         self.run.manifest.update(decontamination={**proof, "hits": dict(sorted(found.items())), "dropped": len(hit)})
+
+
+def _fragment(name: str, verdict: str) -> bytes:
+    return f'"{name}": {verdict}'.encode("utf-8", "backslashreplace")
+
+
+@lru_cache(maxsize=1024)
+def _plain_fragment(name: str, passed: bool, reason: str, key: str) -> bytes:
+    """Most traces are told the same."""
+    return _fragment(name, json.dumps({"pass": passed, "reason": reason, "key": key}, ensure_ascii=False))
 
 
 def _chosen(recipe: Recipe, run: "RunFolder", traces: Lines) -> "np.ndarray":

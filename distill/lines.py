@@ -34,7 +34,10 @@ class Lines:
         import numpy as np
 
         self.path = path
-        head = re.compile(rb"\{" + rb", ?".join(rb'"%b": ?"([^"\\]*)"' % field.encode() for field in fields) + rb"[,}]")
+        self._fields = tuple(fields)
+        self._head = head = re.compile(
+            rb"\{" + rb", ?".join(rb'"%b": ?"([^"\\]*)"' % field.encode() for field in fields) + rb"[,}]"
+        )
         offsets, lengths, keys = array("q"), array("q"), [array("q") for _ in fields]
         try:
             file = open(path, "rb")  # noqa: SIM115 (the `with` is below: this try is about opening only)
@@ -65,6 +68,15 @@ class Lines:
             if not isinstance(row.get(field), str):
                 raise UserError(f"{self.path}:{number}: expected the field '{field}' with text in it")
         return [row[field].encode("utf-8", "surrogatepass") for field in fields]
+
+    def value(self, line: int, field: str) -> str:
+        """One of the fields to look up by; the line is parsed only where it does not begin with them."""
+        begin, length = self.span(line)
+        data = os.pread(self._handle, min(length, 512), begin)
+        match = self._head.match(data)
+        if match is None:
+            return cast(str, json.loads(self.read(line))[field])
+        return match.group(self._fields.index(field) + 1).decode("utf-8", "surrogatepass")
 
     def find(self, field: str, keys: "np.ndarray") -> "np.ndarray":
         """The first line with each of these keys in `field` (see key()), or -1; int64."""

@@ -10,10 +10,10 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.files import sha256_file
-from distill.filters.words import SIGN, Words, cut_words, mixed, stretch_hashes, vocabulary
+from distill.filters.words import SIGN, Words, cut_words, stretch_hashes, vocabulary
 from distill.recipe import DecontaminationFilter, ProblemSource
 
 if TYPE_CHECKING:
@@ -42,24 +42,10 @@ class Match(NamedTuple):
     text: str
 
 
-class _Text(NamedTuple):
-    """A text as its words without signs; once with its numbers, once with each number the same."""
-
-    whole: int
-    masked: int
-    stretches: "np.ndarray"  # distinct stretches of the filter's ngram
-    triples: "np.ndarray"  # distinct
-    masked_triples: "np.ndarray"
-    spoken: int  # words that are no number
-    hashes: "np.ndarray"
-
-
 class Index:
     """All items of the sets. Built once a process; 20,000 items take about 100 MB while building, 60 after."""
 
     def __init__(self, settings: DecontaminationFilter) -> None:
-        import numpy as np
-
         self.settings = settings
         self.names: list[str] = []
         self.texts: list[str] = []
@@ -71,56 +57,47 @@ class Index:
             self.texts += texts
             self.places += [(number, row + 1) for row in range(len(texts))]
             self.facts.append({"name": self.names[-1], "rows": len(texts), "sha256": texts_hash(texts)})
-        items = [_text(words, settings.ngram) for words in _clean_words(self.texts)]
-        self.whole = {item.whole: row for row, item in reversed(list(enumerate(items)))}
-        self.masked = {i.masked: row for row, i in reversed(list(enumerate(items))) if i.spoken >= _SPOKEN}
-        self.stretches = _Postings([item.stretches for item in items])
-        self.triples = _Postings([item.triples for item in items])
-        self.masked_triples = _Postings([i.masked_triples if i.spoken >= _SPOKEN else i.triples[:0] for i in items])
+        items = [spoken_hashes(words) for words in clean_words(self.texts)]
+        masked = [masked_hashes(hashes, number) for hashes, number in items]
+        varied = [int((~number).sum()) >= _SPOKEN for _, number in items]
+        self.whole = _firsts([_whole(hashes) for hashes, _ in items])
+        self.masked = _firsts([_whole(found) if may else None for found, may in zip(masked, varied, strict=True)])
+        size = settings.ngram
+        self.stretches = _Postings([stretch_hashes(hashes, size) for hashes, _ in items])
         # Items shorter than a stretch are looked for as a whole, at any place.
-        self.short: dict[int, dict[int, int]] = {}
-        for row, item in enumerate(items):
-            size = len(item.hashes)
-            if _SHORTEST <= size < settings.ngram:
-                key = int(stretch_hashes(item.hashes, size)[0])
-                self.short.setdefault(size, {}).setdefault(key, row)
-        del items
-        self.known_short = {size: np.sort(np.array(list(found), dtype=np.uint64)) for size, found in self.short.items()}
+        self.short = {
+            n: _Postings([stretch_hashes(h, n) if len(h) == n else h[:0] for h, _ in items])
+            for n in range(_SHORTEST, size)
+        }
+        self.triples = _Postings([_triples(hashes) for hashes, _ in items])
+        self.masked_triples = _Postings(
+            [_triples(found) if may else found[:0] for found, may in zip(masked, varied, strict=True)]
+        )
 
-    def find(self, problem: str) -> Match | None:
-        """The item that the problem is or comes closest to, if it is too close."""
-        [words] = _clean_words([problem])
-        return self.find_words(words)
-
-    def find_words(self, words: Words) -> Match | None:
-        import numpy as np
-
+    def find(self, words: Words) -> Match | None:
+        """The item that a text (see clean_words) is or comes closest to, if it is too close."""
         settings = self.settings
-        text = _text(words, settings.ngram)
-        if not len(text.hashes):
+        hashes, number = spoken_hashes(words)
+        if not len(hashes):
             return None
-        if text.whole in self.whole:
-            return self._match("same text", 1.0, self.whole[text.whole])
-        row, shared = self.stretches.most(text.stretches, lambda shared, sizes: shared / sizes)
-        if row >= 0 and shared > settings.max_overlap:
-            return self._match("part of the text", shared, row)
-        for size, known in self.known_short.items():
-            found = stretch_hashes(text.hashes, size)
-            hits = found[known.take(np.searchsorted(known, found), mode="clip") == found]
-            if len(hits):
-                return self._match("part of the text", 1.0, self.short[size][int(hits[0])])
-        size = len(text.triples)
-        row, alike = self.triples.most(text.triples, lambda shared, sizes: shared / (sizes + size - shared))
-        if row >= 0 and alike >= settings.similarity:
+        if (same := self.whole.get(_whole(hashes))) is not None:
+            return self._match("same text", 1.0, same)
+        row, share = self.stretches.most(stretch_hashes(hashes, settings.ngram), lambda shared, sizes: shared / sizes)
+        if row >= 0 and share > settings.max_overlap:
+            return self._match("part of the text", share, row)
+        for size, known in self.short.items():
+            row, share = known.most(stretch_hashes(hashes, size), lambda shared, sizes: shared / sizes)
+            if row >= 0:
+                return self._match("part of the text", share, row)
+        row, alike = self.triples.most_similar(_triples(hashes), settings.similarity)
+        if row >= 0:
             return self._match("nearly the same", alike, row)
-        if settings.numbers and text.spoken >= _SPOKEN:
-            if text.masked in self.masked:
-                return self._match("other numbers", 1.0, self.masked[text.masked])
-            size = len(text.masked_triples)
-            row, alike = self.masked_triples.most(
-                text.masked_triples, lambda shared, sizes: shared / (sizes + size - shared)
-            )
-            if row >= 0 and alike >= max(settings.similarity, 0.8):
+        if settings.numbers and int((~number).sum()) >= _SPOKEN:
+            masked = masked_hashes(hashes, number)
+            if (same := self.masked.get(_whole(masked))) is not None:
+                return self._match("other numbers", 1.0, same)
+            row, alike = self.masked_triples.most_similar(_triples(masked), max(settings.similarity, 0.8))
+            if row >= 0:
                 return self._match("other numbers", alike, row)
         return None
 
@@ -130,21 +107,50 @@ class Index:
 
 
 class _Postings:
-    """For each hash the items that have it: two parallel sorted arrays."""
+    """For each hash the items that have it: two parallel sorted arrays, and a table that says quickly of most that
+    none has it.
+    """
 
     def __init__(self, items: "Sequence[np.ndarray]") -> None:
         import numpy as np
 
+        items = [np.unique(item) for item in items]
         sizes = np.array([len(item) for item in items], dtype=np.int64)
         hashes = np.concatenate([*items, np.empty(0, np.uint64)])
         rows = np.repeat(np.arange(len(items), dtype=np.int32), sizes)
         order = np.argsort(hashes, kind="stable")
         self.sizes, self.hashes, self.rows = np.maximum(sizes, 1), hashes[order], rows[order]
+        bits = max(12, min(22, len(hashes).bit_length() + 5))
+        self._shift = np.uint64(64 - bits)
+        self._may = np.zeros(1 << bits, dtype=bool)
+        self._may[self._slot(hashes)] = True
 
-    def most(self, wanted: "np.ndarray", score) -> tuple[int, float]:  # type: ignore[no-untyped-def]
+    def _slot(self, hashes: "np.ndarray") -> "np.ndarray":
+        import numpy as np
+
+        return (hashes >> self._shift).astype(np.int64)
+
+    def most_similar(self, wanted: "np.ndarray", similarity: float) -> tuple[int, float]:
+        """(item, Jaccard similarity) of the most similar one with at least `similarity`; else (-1, 0)."""
+        import numpy as np
+
+        if not len(wanted) or np.count_nonzero(self._may.take(self._slot(wanted))) < similarity * len(
+            set(wanted.tolist())
+        ):
+            return -1, 0.0  # it cannot share enough
+        wanted = np.unique(wanted)
+        size = len(wanted)
+        row, alike = self.most(wanted, lambda shared, sizes: shared / (sizes + size - shared))
+        return (row, alike) if alike >= similarity else (-1, 0.0)
+
+    def most(self, wanted: "np.ndarray", score: Any) -> tuple[int, float]:
         """(item, score) with the highest score(hashes shared, hashes of the item); (-1, 0) if none shares one."""
         import numpy as np
 
+        wanted = wanted[self._may.take(self._slot(wanted))]
+        if not len(wanted):
+            return -1, 0.0
+        wanted = np.unique(wanted)
         begins = np.searchsorted(self.hashes, wanted)
         counts = np.searchsorted(self.hashes, wanted, side="right") - begins
         begins, counts = begins[counts > 0], counts[counts > 0]
@@ -188,34 +194,54 @@ def source_key(source: ProblemSource) -> str:
     return sha256_file(path) if path.is_file() else source.source
 
 
-def _clean_words(texts: Sequence[str]) -> list[Words]:
+def clean_words(texts: Sequence[str]) -> list[Words]:
+    """Texts as they are compared: without typesetting, compatibility forms or commas in numbers."""
     return cut_words([_TYPESETTING.sub(" ", unicodedata.normalize("NFKC", text)) for text in texts])
 
 
-def _text(words: Words, ngram: int) -> _Text:
+def spoken_hashes(words: Words) -> "tuple[np.ndarray, np.ndarray]":
+    """(the words that are no sign, which of them are numbers)."""
     import numpy as np
 
     spoken = words.kind != SIGN
-    hashes = words.hash[spoken]
-    first = words.first[spoken]
-    number = (first >= 0x30) & (first <= 0x39) | np.isin(hashes, _number_words())
+    hashes, first = words.hash[spoken], words.first[spoken]
+    slots = _number_words().take((hashes >> np.uint64(40)).astype(np.int64) & 0xFFFF)
+    return hashes, ((first >= 0x30) & (first <= 0x39)) | (slots == hashes)
+
+
+def masked_hashes(hashes: "np.ndarray", number: "np.ndarray") -> "np.ndarray":
+    """The words with every number the same; "3.50" and "4" are both one."""
+    import numpy as np
+
     masked = np.where(number, np.uint64(7), hashes)
-    # "3.50" and "4" are both one number
-    masked = masked[np.concatenate([[True], ~(number[1:] & number[:-1])])] if len(masked) else masked
+    if len(masked):
+        masked = masked[np.concatenate([[True], ~(number[1:] & number[:-1])])]
+    return masked
 
-    def distinct(values: "np.ndarray", length: int) -> "np.ndarray":
-        return np.unique(stretch_hashes(values, max(1, min(length, len(values)))))
 
-    def whole(values: "np.ndarray") -> int:
-        return int(mixed(stretch_hashes(values, len(values)))[0]) if len(values) else 0
+def _triples(hashes: "np.ndarray") -> "np.ndarray":
+    return stretch_hashes(hashes, max(1, min(TRIPLE, len(hashes))))
 
-    stretches = distinct(hashes, ngram) if len(hashes) >= ngram else hashes[:0]
-    return _Text(
-        whole(hashes), whole(masked), stretches, distinct(hashes, TRIPLE), distinct(masked, TRIPLE),
-        int((~number).sum()), hashes,
-    )  # fmt: skip
+
+def _whole(hashes: "np.ndarray") -> int:
+    return int(stretch_hashes(hashes, len(hashes))[0]) if len(hashes) else 0
+
+
+def _firsts(values: Sequence[int | None]) -> dict[int, int]:
+    """Where each value stands first."""
+    found: dict[int, int] = {}
+    for row, value in enumerate(values):
+        if value is not None:
+            found.setdefault(value, row)
+    return found
 
 
 @lru_cache(maxsize=1)
 def _number_words() -> "np.ndarray":
-    return vocabulary(_NUMBER_WORDS.split())
+    """A number word's hash at the place that 16 bits of it give; other places hold what no word there has."""
+    import numpy as np
+
+    table = np.zeros(1 << 16, dtype=np.uint64)
+    hashes = vocabulary(_NUMBER_WORDS.split())
+    table[(hashes >> np.uint64(40)).astype(np.int64) & 0xFFFF] = hashes
+    return table

@@ -6,20 +6,34 @@ nearly the same words; the same with other numbers. All traces of such a problem
 with both texts in the run's contamination.jsonl; sets, hashes and counts go into the manifest and the dataset's card.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from distill.filters.benchmarks import Match, open_index, source_key
+from distill.filters.benchmarks import Match, clean_words, open_index, source_key
 from distill.recipe import DecontaminationFilter
 from distill.records import Problem, Trace, Verdict
 
 VERSION = 1
 
 
+_KEPT = 20000  # problems whose result is remembered; their traces come in many batches
+_found: dict[tuple[str, str], Match | None] = {}
+
+
 def check(traces: list[Trace], problems: dict[str, Problem], settings: DecontaminationFilter) -> list[Verdict]:
+    matches = _find([problems[trace["problem_id"]]["problem"] for trace in traces], settings)
+    return [_verdict(match) for match in matches]
+
+
+def _find(texts: Sequence[str], settings: DecontaminationFilter) -> list[Match | None]:
     chosen = settings.model_dump_json()
-    return [_verdict(_find(chosen, problems[trace["problem_id"]]["problem"])) for trace in traces]
+    index = open_index(chosen)
+    if len(_found) > _KEPT:
+        _found.clear()
+    missing = [text for text in dict.fromkeys(texts) if (chosen, text) not in _found]
+    for text, words in zip(missing, clean_words(missing), strict=True):
+        _found[chosen, text] = index.find(words)
+    return [_found[chosen, text] for text in texts]
 
 
 def _verdict(match: Match | None) -> Verdict:
@@ -34,11 +48,6 @@ def _verdict(match: Match | None) -> Verdict:
     )
 
 
-@lru_cache(maxsize=4096)
-def _find(settings: str, problem: str) -> Match | None:
-    return open_index(settings).find(problem)
-
-
 def rests_on(settings: DecontaminationFilter) -> list[Any]:
     """What verdicts depend on besides settings and problem: the content of the evaluation sets."""
     return [source_key(source) for source in settings.against]
@@ -46,9 +55,8 @@ def rests_on(settings: DecontaminationFilter) -> list[Any]:
 
 def hits(problems: Iterable[Problem], settings: DecontaminationFilter) -> Iterator[dict[str, Any]]:
     """A row with both texts for each of these problems that is an evaluation problem."""
-    chosen = settings.model_dump_json()
     for problem in problems:
-        match = _find(chosen, problem["problem"])
+        [match] = _find([problem["problem"]], settings)
         if match is not None:
             yield {
                 "problem_id": problem["id"], "how": match.how, "score": match.score, "benchmark": match.benchmark,

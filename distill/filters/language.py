@@ -2,7 +2,7 @@
 
 R1's reward is the share of words in the target language (arXiv 2501.12948, section 2.3.2), and its SFT data leaves
 mixed languages out. Here a word is foreign if its script is not the problem's, or, within one script, if it stands
-in a window of 12 words of which several are small words of another language only (distill.filters.function_words)
+in a window of 8 or 12 words of which several are small words of another language only (distill.filters.function_words)
 and next to none of the problem's. Formulas, LaTeX commands and code have no language, nor have numbers, single
 letters and what the problem itself quotes.
 
@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from distill.filters.function_words import LANGUAGES, function_words
-from distill.filters.words import CHARACTER, LETTERS, Words, cut_words, trace_words, vocabulary
+from distill.filters.words import CHARACTER, LETTERS, Words, trace_words, vocabulary, words_of
 from distill.recipe import LanguageFilter
 from distill.records import Problem, Trace, Verdict
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 
-_WINDOW = 12  # words
+_WINDOWS = (8, 12)  # words: a clause, and a sentence with fewer small words
 _FOREIGN, _OWN = 4, 1  # at least so many small words of another language, and at most so many of the target's
 
 NEUTRAL, LATIN, HAN, KANA, HANGUL, CYRILLIC, GREEK, ARABIC, HEBREW, DEVANAGARI, THAI, OTHER = range(12)
@@ -50,22 +50,19 @@ class Target(NamedTuple):
 
 def check(traces: list[Trace], problems: dict[str, Problem], settings: LanguageFilter) -> list[Verdict]:
     """Reasoning and response together. A problem without words takes the trace's own main language for its own."""
-    found = []
-    for trace, words in zip(traces, trace_words(traces), strict=True):
-        problem = problems[trace["problem_id"]]["problem"]
-        found.append(_check(words, problem, settings))
-    return found
+    asked = [problems[trace["problem_id"]]["problem"] for trace in traces]
+    return [_check(*found, settings) for found in zip(trace_words(traces), words_of(asked), strict=True)]
 
 
-def _check(words: Words, problem: str, settings: LanguageFilter) -> Verdict:
+def _check(words: Words, problem: Words, settings: LanguageFilter) -> Verdict:
     import numpy as np
 
-    target = _named(settings.language) if settings.language else problem_target(problem) or main_language(words)
+    target = _named(settings.language) if settings.language else main_language(problem) or main_language(words)
     if target is None:
         return Verdict(True, "no words", {"consistency": 1.0})
     foreign, bearing, script = foreign_words(words, target)
     if foreign.any():  # formulas and code, and what the problem quotes, are looked for only where they may matter
-        quoted = cut_words([problem])[0].hash
+        quoted = problem.hash
         kept = ~exempt(words) & ~np.isin(words.hash, quoted[np.isin(quoted, words.hash[foreign])])
         foreign, bearing, script = foreign_words(words, target, kept)
     total, count = int(bearing.sum()), int(foreign.sum())
@@ -112,17 +109,16 @@ def _windows(other: "np.ndarray", own: "np.ndarray") -> "np.ndarray":
     """Which words lie in a window that is another language's, from its first such word to its last."""
     import numpy as np
 
-    size = min(_WINDOW, len(other))
-    sums = [np.concatenate([[0], np.cumsum(flags)]) for flags in (other, own)]
-    others, owns = (running[size:] - running[:-size] for running in sums)
-    hits = np.flatnonzero((others >= _FOREIGN) & (owns <= _OWN))
     marks = np.zeros(len(other) + 1, dtype=np.int32)
-    # A window that straddles the border has the sentence's beginning or end in it: trim to what is surely foreign.
+    sums = [np.concatenate([[0], np.cumsum(flags)]) for flags in (other, own)]
     places = np.flatnonzero(other)
-    firsts = places[np.searchsorted(places, hits)]
-    lasts = places[np.searchsorted(places, hits + size) - 1]
-    np.add.at(marks, firsts, 1)
-    np.add.at(marks, lasts + 1, -1)
+    for size in _WINDOWS:
+        size = min(size, len(other))
+        others, owns = (running[size:] - running[:-size] for running in sums)
+        hits = np.flatnonzero((others >= _FOREIGN) & (owns <= _OWN))
+        # A window that straddles the border has words of both: trim it to what is surely foreign.
+        np.add.at(marks, places[np.searchsorted(places, hits)], 1)
+        np.add.at(marks, places[np.searchsorted(places, hits + size) - 1] + 1, -1)
     return np.cumsum(marks[:-1]) > 0
 
 
@@ -138,14 +134,11 @@ def longest_run(foreign: "np.ndarray", bearing: "np.ndarray") -> tuple[int, int]
     return int(places[begins[longest]]), int(places[stops[longest] - 1]) + 1
 
 
-@lru_cache(maxsize=4096)
-def problem_target(problem: str) -> Target | None:
-    """The language of a problem's text, None where it has none (a bare formula)."""
-    return main_language(cut_words([problem])[0])
-
-
 def main_language(words: Words) -> Target | None:
-    """The language most words are in. Of Latin script it is English where the small words do not tell."""
+    """The language most words are in; of Latin script it is English where the small words do not tell.
+
+    None for a text without words, a bare formula.
+    """
     import numpy as np
 
     script = scripts(words)
@@ -158,7 +151,7 @@ def main_language(words: Words) -> Target | None:
     top = int(np.argmax(counts))
     if top == LATIN:
         known = languages_of(words.hash[bearing & (script == LATIN)])
-        hits = [int(((known >> bit) & 1).sum()) for bit in range(len(LANGUAGES))]
+        hits = ((known[:, None] >> np.arange(len(LANGUAGES))) & 1).sum(axis=0)
         best = int(np.argmax(hits))
         return _named(LANGUAGES[best] if hits[best] >= max(3, 1.5 * hits[0]) else "en")
     if top in (HAN, KANA):

@@ -1,7 +1,7 @@
 """near_duplicates: of traces with nearly the same text, whatever their problems, one is enough.
 
-Compared is the reasoning, by its stretches of `ngram` words (distill.filters.minhash). Kept is the first in the
-recipe's order among those that passed every other filter.
+Compared are reasoning and response, by their stretches of `ngram` words (distill.filters.minhash). Kept is the first
+in the recipe's order among those that passed every other filter.
 """
 
 import sys
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from distill.filters import minhash
 from distill.filters.comparing import Judgement, Rows, check_all
-from distill.filters.words import words_of
+from distill.filters.words import trace_words
 from distill.recipe import NearDuplicateTraces
 from distill.records import Problem, Trace, Verdict
 
@@ -25,7 +25,7 @@ def check(traces: list[Trace], problems: dict[str, Problem], settings: NearDupli
 
 
 def digest(traces: list[Trace], problems: dict[str, Problem], settings: NearDuplicateTraces) -> "np.ndarray":
-    return minhash.sketches(words_of([trace["reasoning"] for trace in traces]), settings.ngram)
+    return minhash.sketches(trace_words(traces), settings.ngram)
 
 
 def compare(rows: Rows, settings: NearDuplicateTraces) -> Judgement:
@@ -36,8 +36,8 @@ def compare(rows: Rows, settings: NearDuplicateTraces) -> Judgement:
     def reason(row: int) -> str:
         first = int(kept[row])
         if first == row:
-            return "the first with this reasoning or one like it"
+            return "the first with this text or one like it"
         alike = float((rows.payload[row].view("<u2") == rows.payload[first].view("<u2")).mean())
-        return f"nearly the reasoning (similarity {alike:.2f}) of trace {rows.name(first)}, sample {rows.sample[first]}"
+        return f"nearly the text (similarity {alike:.2f}) of trace {rows.name(first)}, sample {rows.sample[first]}"
 
     return Judgement(kept == np.arange(len(kept)), reason)
