@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # importing rich for --help costs more than the help is prettier
 )
-teacher_app = typer.Typer(help="Build the R1-style teacher.", no_args_is_help=True)
+teacher_app = typer.Typer(help="Build, inspect and serve the R1-style teacher.", no_args_is_help=True)
 base_app = typer.Typer(help="Build the students' base models.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(base_app, name="base")

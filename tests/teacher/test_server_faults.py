@@ -21,6 +21,7 @@ class Slow:
     def __init__(self, **options):
         self._engine = serving.random_engine(**options)
         self.go = threading.Event()
+        self.stepping = threading.Event()  # a step has been entered
         self.error = None
         self.steps = 0
 
@@ -28,6 +29,7 @@ class Slow:
         return getattr(self._engine, name)
 
     def step(self):
+        self.stepping.set()
         assert self.go.wait(30)
         self.steps += 1
         if self.error is not None:
@@ -142,9 +144,10 @@ def test_an_engine_that_breaks_answers_everybody_and_takes_nobody():
     with serving.serve(engine, serving.served()) as server, ThreadPoolExecutor(4) as threads:
         whole = threads.submit(post, server, CHAT | {"n": 2})
         stream = threads.submit(post, server, CHAT | {"stream": True})
-        score = threads.submit(post, server, {"prompt": "ab", "max_tokens": 1, "echo": True, "logprobs": 1},
-                               "/v1/completions")  # fmt: skip
-        wait_for(lambda: len(server.worker._live) == 4)
+        assert engine.stepping.wait(20)
+        scored = {"prompt": "ab", "max_tokens": 0, "echo": True, "logprobs": 1}
+        score = threads.submit(post, server, scored, "/v1/completions")
+        wait_for(lambda: len(server.worker._live) == 3 and server.worker._futures)
         engine.error = RuntimeError("secret of the house")
         engine.go.set()
         for future in (whole, score):
@@ -213,18 +216,14 @@ def test_a_client_that_hangs_up_frees_its_place(stream):
 def test_a_long_prompt_holds_nobody_up(server):
     """Half a megabyte is rendered and tokenised while others are answered."""
     long = CHAT | {"messages": [{"role": "user", "content": "many words " * 40_000}]}
-    with ThreadPoolExecutor(1) as thread:
-        begun = time.perf_counter()
-        refused = thread.submit(post, server, long)
-        waits = []
+    with ThreadPoolExecutor(1) as thread, httpx2.Client(base_url=server.url) as probe:
+        probe.get("/health")
+        refused, answers = thread.submit(post, server, long), 0
         while not refused.done():
-            start = time.perf_counter()
-            assert httpx2.get(server.url + "/health").status_code == 200
-            waits.append(time.perf_counter() - start)
-        took = time.perf_counter() - begun
-    assert refused.result().status_code == 400
+            assert probe.get("/health").status_code == 200
+            answers += 1
     assert error_of(refused.result())["code"] == "context_length_exceeded"
-    assert max(waits) < max(0.5, 0.8 * took)
+    assert answers >= 10  # a handful if the event loop did the work
 
 
 def wait_for(condition, seconds=20):
