@@ -32,11 +32,14 @@ def after_reasoning(text: str) -> str:
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""(start, end, content) of each outermost ``\boxed{...}`` (or ``\fboxed``) whose braces balance, in order."""
-    if "boxed" not in text:
+    first = text.find("boxed")
+    if first < 0:
         return []
+    while first and text[first - 1] in "f\\":  # whether the command's backslash is itself escaped
+        first -= 1
     open_braces: list[tuple[int, int]] = []  # (start of the command, of the content) of a box, or (-1, -1)
     found: list[tuple[int, int, str]] = []
-    for token in _TOKEN.finditer(text):
+    for token in _TOKEN.finditer(text, first):  # braces before a box close behind it, if at all
         if token.group() == "{":
             open_braces.append((-1, -1))
         elif token.group() == "}":

@@ -21,6 +21,7 @@ from pathlib import Path
 MEMORY_BYTES = 1 << 30
 START_SECONDS = 60.0  # importing sympy on a busy machine; an item's own clock starts after it
 REPLY_BYTES = 65536
+TRIES = 3  # of an item whose worker dies
 _INSTALL = {"math": "math_verify", "gym": "reasoning_gym"}
 
 
@@ -146,11 +147,11 @@ class Pool:
         return self.ask("math", answer, reference, seconds)
 
     def ask(self, task: str, answer: str, reference: str, seconds: float) -> tuple[str, str]:
-        """(verdict, reason) of a task of worker.py, within `seconds` of its start."""
+        """(verdict, reason) of a task of worker.py; at most `seconds` for each worker that it takes."""
         request: dict[str, object] = {"task": task, "answer": answer, "reference": reference, "seconds": seconds}
         with self._slots:
-            for fresh in (False, True):
-                worker = self._take(fresh)
+            for attempt in range(TRIES):
+                worker = self._take(fresh=attempt > 0)
                 started = time.monotonic()
                 try:
                     result = worker.ask(request, seconds)
@@ -167,7 +168,7 @@ class Pool:
                 worker.close()
                 if time.monotonic() - started >= seconds:
                     return "unverifiable", f"took longer than {seconds:g} s to compare"
-                # It may have been killed from outside, which is no fault of the item: once more, in a fresh one.
+                # It may have been killed from outside, which is no fault of the item: again, in a fresh one.
             return "unverifiable", "the comparison needed too much memory or crashed"
 
     def _take(self, fresh: bool) -> _Worker:

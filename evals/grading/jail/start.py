@@ -45,7 +45,7 @@ def limits(config: dict) -> None:
     limit(resource.RLIMIT_CPU, config["cpu"])
     limit(resource.RLIMIT_FSIZE, config["file"])
     limit(resource.RLIMIT_NOFILE, 64)
-    limit(resource.RLIMIT_STACK, 16 << 20)  # also each thread's
+    limit(resource.RLIMIT_STACK, 8 << 20)  # also each thread's
     limit(resource.RLIMIT_NPROC, config["processes"])
     limit(resource.RLIMIT_MEMLOCK, 0)
     limit(resource.RLIMIT_AS, config["memory"])
