@@ -39,6 +39,8 @@ class Runner(Protocol):
 
     def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray: ...
 
+    def round(self, slots: Slots, rows_B: np.ndarray, drafts: int) -> np.ndarray | None: ...
+
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None: ...
 
 
@@ -51,6 +53,8 @@ class Round(NamedTuple):
 
 def decode(runner: Runner, slots: Slots, rows_B: np.ndarray, drafts: int, wanted: Wanted) -> Round:
     """Append a token to each sequence, or, with `drafts`, up to 1 + drafts of them."""
+    if not wanted and (done_B := runner.round(slots, rows_B, drafts)) is not None:
+        return Round(dict(zip(rows_B.tolist(), done_B.tolist(), strict=True)), {})
     if drafts == 0:
         return _decode_plainly(runner, slots, rows_B, wanted)
     waiting_B = np.minimum(slots.drafts_S[rows_B], slots.limit_S[rows_B] - slots.length_S[rows_B] - 1)

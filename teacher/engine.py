@@ -270,12 +270,10 @@ class Engine:
             return self._end(sequence, "stop" if stop_id is not None else "length", text)
         if not sequence.request.stream:
             return None
-        return self._update(sequence, slots.tokens(slot, int(slots.prompt_S[slot])), text, None)
-
-    def _update(self, sequence: Sequence, drawn: list[int], text: str, completion: Completion | None) -> Update:
         first = sequence.shown
-        sequence.shown = len(drawn)
-        return Update(sequence.request.id, drawn[first:], text, sequence.logprobs[first : len(drawn)], completion)
+        sequence.shown = int(slots.length_S[slot] - slots.prompt_S[slot])
+        unseen = slots.tokens(slot, int(slots.prompt_S[slot]) + first)
+        return Update(sequence.request.id, unseen, text, sequence.logprobs[first : sequence.shown])
 
     def _end(self, sequence: Sequence, reason: FinishReason, text: str = "") -> Update:
         """Take a sequence out and say what came of it."""
@@ -293,6 +291,7 @@ class Engine:
         self._counts["cached"] += min(sequence.cached_tokens, len(request.prompt_ids))
         if sequence.stream is not None:
             text += sequence.stream.flush()
+            text = text if request.stream else sequence.stream.text
             stop_text = sequence.stream.stop_text
         self._scheduler.leave(sequence)
         del self._live[request.id]
@@ -308,7 +307,8 @@ class Engine:
             logprobs=None if request.logprobs is None else sequence.logprobs[: len(drawn)],
             cached_tokens=min(sequence.cached_tokens, len(request.prompt_ids)),
         )
-        return self._update(sequence, drawn, text, completion)
+        first = sequence.shown
+        return Update(request.id, drawn[first:], text, sequence.logprobs[first : len(drawn)], completion)
 
 
 def _stop_id(slots: Slots, sequence: Sequence) -> int | None:

@@ -83,6 +83,11 @@ class TorchRunner:
         )
         return sample(logits_MV, settings, _index(counter_M, self.device)).cpu().numpy()
 
+    def round(self, slots: Slots, rows_B: np.ndarray, drafts: int) -> np.ndarray | None:
+        """A whole round of `teacher.decoding.decode` in one go, and how many tokens it brought each sequence, where a
+        runner has a way to do that; None where, as here, it is done step by step."""
+        return None
+
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages of the cache, (from, to)."""
         for source, target in pairs:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("step.c", "sample.c")
+_SOURCES = ("step.c", "sample.c", "round.c")
 # Sums may be taken in any order (they must be, to be vectorised); infinities keep their meaning.
 _FLAGS = (
     "-std=gnu11 -O3 -march=native -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "
@@ -40,7 +40,7 @@ def _build(sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | None:
     here = Path(__file__).parent
     command = [compiler, *shlex.split(_FLAGS), *(f"-D{name}={value}" for name, value in sizes)]
     digest = hashlib.sha256(repr((command, _processor(), os.stat(compiler).st_mtime_ns)).encode())
-    for name in (*_SOURCES, "maths.h"):
+    for name in (*_SOURCES, "maths.h", "step.h"):
         digest.update((here / name).read_bytes())
     library = _cache_folder() / f"{digest.hexdigest()[:32]}.so"
     if not library.is_file():

@@ -21,6 +21,11 @@ from teacher.slots import Slots
 
 _MOST_BYTES = 2 * 1024**3  # of packed weights, which lie beside the model's own
 
+_ARRAYS = (
+    "tokens_SW", "table_SP", "draft_SG", "length_S", "prompt_S", "limit_S", "cached_S", "drafts_S", "drafted_from_S",
+    "draft_counts_S", "temperature_S", "top_p_S", "min_p_S", "top_k_S", "seed_S", "stop_SN", "ended_S",
+)  # fmt: skip
+
 
 class _Step(ctypes.Structure):
     """`Step` of step.c."""
@@ -28,6 +33,14 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "slots", "table")),
         *((name, ctypes.c_int64) for name in ("count", "table_width", "longest")),
+    ]
+
+
+class _Slots(ctypes.Structure):
+    """`Slots` of round.c."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in _ARRAYS] + [
+        (name, ctypes.c_int64) for name in ("width", "pages", "stops", "most_drafts")
     ]
 
 
@@ -41,6 +54,7 @@ class NativeRunner:
         self._model = packed.struct(cache.latents_LPGC, address)
         self._hidden, self._vocab = model.config.hidden_size, model.config.vocab_size
         self._work = torch.empty(0)
+        self._slots: tuple[np.ndarray, _Slots] | None = None
 
     def forward(self, batch: Batch, wanted_M: np.ndarray) -> tuple[Tensor, Tensor]:
         step, kept = self._step(batch)
@@ -83,13 +97,30 @@ class NativeRunner:
         )  # fmt: skip
         return tokens_M
 
+    def round(self, slots: Slots, rows_B: np.ndarray, drafts: int) -> np.ndarray | None:
+        if self._slots is None or self._slots[0] is not slots.stop_SN:
+            self._slots = slots.stop_SN, _slots_struct(slots)  # stop ids move when a request brings more of them
+        rows_B = np.ascontiguousarray(rows_B, dtype=np.int64)
+        kept_B = np.empty_like(rows_B)
+        # No position beyond the tokens of the longest sequence and its drafts is looked at.
+        longest = ctypes.c_int64(int(slots.length_S[rows_B].max()) + 2 * drafts + 1)
+        count, many = ctypes.c_int64(len(rows_B)), ctypes.c_int64(drafts)
+        self._reserve(self.library.round_workspace(ctypes.byref(self._model), count, many, longest))
+        failed = self.library.decode(
+            ctypes.byref(self._model), ctypes.byref(self._slots[1]), _pointer(rows_B), count, many,
+            _address(self._work), _pointer(kept_B),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for a round's bookkeeping")
+        return kept_B
+
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         for source, target in pairs:
             self.cache.copy_page(source, target)
 
     def _step(self, batch: Batch) -> tuple[_Step, list[np.ndarray]]:
         """The batch for C, and the arrays it points to."""
-        kept = [
+        kept: list[np.ndarray] = [
             np.ascontiguousarray(batch.tokens_N, dtype=np.int32),
             np.ascontiguousarray(batch.position_N, dtype=np.int64),
             np.repeat(batch.slot_B, batch.count_B).astype(np.int64, copy=False),
@@ -100,12 +131,13 @@ class NativeRunner:
         return _Step(*map(_pointer, kept), len(kept[0]), kept[3].shape[1], longest), kept
 
     def _workspace(self, step: _Step) -> ctypes.c_void_p:
-        need = self.library.workspace(
-            ctypes.byref(self._model), ctypes.c_int64(step.count), ctypes.c_int64(step.longest)
-        )
-        if self._work.numel() < need:
-            self._work = torch.empty(need * 5 // 4)
+        count, longest = ctypes.c_int64(step.count), ctypes.c_int64(step.longest)
+        self._reserve(self.library.workspace(ctypes.byref(self._model), count, longest))
         return _address(self._work)
+
+    def _reserve(self, floats: int) -> None:
+        if self._work.numel() < floats:
+            self._work = torch.empty(floats * 5 // 4)
 
 
 def native_runners(model: DeepseekV3, cache: LatentCache, count: int) -> list[NativeRunner] | None:
@@ -119,11 +151,18 @@ def native_runners(model: DeepseekV3, cache: LatentCache, count: int) -> list[Na
     library = build(sizes(config, cache.page_size))
     if library is None:
         return None
-    library.workspace.restype = ctypes.c_int64
+    library.workspace.restype = library.round_workspace.restype = ctypes.c_int64
     for function in (library.forward, library.draft, library.sample):
         function.restype = None
     packed = Packed(model)
     return [NativeRunner(model, cache, packed, library) for _ in range(count)]
+
+
+def _slots_struct(slots: Slots) -> _Slots:
+    arrays = [getattr(slots, name) for name in _ARRAYS]
+    assert all(array.flags.c_contiguous for array in arrays)
+    widths = (slots.tokens_SW.shape[1], slots.table_SP.shape[1], slots.stop_SN.shape[1], slots.draft_SG.shape[1])
+    return _Slots(*(array.ctypes.data for array in arrays), *widths)
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:

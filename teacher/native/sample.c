@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "maths.h"
+#include "step.h"
 
 static uint64_t mix(uint64_t x) {  // splitmix64's finaliser
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -28,19 +29,20 @@ static int64_t largest(const float *x, int64_t size) {
     int64_t best = 0;
     float top = x[0];
     PRAGMA(omp simd reduction(max : top)) for (int64_t i = 1; i < size; i++) top = x[i] > top ? x[i] : top;
-    while (x[best] != top) best++;
+    while (best < size - 1 && x[best] != top) best++;  // a row of NaN has no largest
     return best;
 }
 
 enum { EXTRACTED = 32 };  // candidates taken one by one before the row is sorted whole
 
-// `work` holds 3 * vocab floats: probabilities, and room to sort.
-static int64_t draw(const float *logits, int64_t vocab, float temperature, float top_p, int64_t top_k, float min_p,
-                    double u, float *work) {
+// The next token of one row, the `counter`-th of its request. `work` holds 3 * vocab floats: shares, and room to sort.
+int64_t draw(const float *logits, int64_t vocab, float temperature, float top_p, int64_t top_k, float min_p,
+             int64_t seed, int64_t counter, float *work) {
     float *shares = work;
     Candidate *order = (Candidate *)(work + vocab);
     const int64_t best = largest(logits, vocab);
     if (!(temperature > 0)) return best;
+    const double u = uniform(seed, counter);
     const float scale = 1.0f / (temperature < 1e-6f ? 1e-6f : temperature), top = logits[best];
     float sum = 0.0f;
     SIMD_SUM(sum) for (int64_t i = 0; i < vocab; i++) {
@@ -87,6 +89,6 @@ void sample(const float *logits, int64_t rows, int64_t vocab, const float *tempe
             const int64_t *top_k, const float *min_p, const int64_t *seed, const int64_t *counter, float *work,
             int64_t *tokens) {
     for (int64_t i = 0; i < rows; i++)
-        tokens[i] = draw(logits + i * vocab, vocab, temperature[i], top_p[i], top_k[i], min_p[i],
-                         uniform(seed[i], counter[i]), work);
+        tokens[i] = draw(logits + i * vocab, vocab, temperature[i], top_p[i], top_k[i], min_p[i], seed[i], counter[i],
+                         work);
 }

@@ -10,45 +10,15 @@
 // HIDDEN, VOCAB, HEADS, RANK (R), ROPE (D), QRANK (0: queries come straight from the hidden state), EXPERTS, TOP_K,
 // GROUPS, TOP_GROUPS, INNER (of a routed expert), PAGE (tokens a page); LATENT = R + D.
 
-#include <math.h>
-#include <stdint.h>
 #include <string.h>
 
 #include "maths.h"
+#include "step.h"
 
 #define LATENT (RANK + ROPE)
 #define DOWN (QRANK + LATENT)
 #define HALF (ROPE / 2)
 #define WIDE (HEADS * LATENT)
-
-typedef void (*Sgemm)(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
-                      const int *, const float *, const int *, const float *, float *, const int *);
-
-typedef struct {
-    const float *input_norm, *post_norm;
-    const float *down, *down_bias, *q_norm, *kv_norm, *query, *out, *out_bias;
-    const float *gate, *gate_bias, *expert_up, *expert_down;  // no gate: a dense layer
-    const float *up, *down_proj;                              // dense layer or shared expert; may be absent
-    const float *enorm, *hnorm, *joint, *head_norm;           // of a draft module
-    int64_t inner;                                            // of the dense layer or shared expert
-} Layer;
-
-typedef struct {
-    const float *embed, *norm, *head, *cosine, *sine;  // the tables are (position, HALF)
-    float *cache;                                      // (layer, page, PAGE, LATENT)
-    const Layer *layers;
-    Sgemm sgemm;
-    int64_t depth, layer_stride, widest;  // main layers; floats of cache a layer; the largest inner size
-    float eps, scale, routed_scale;
-    int32_t norm_topk;
-} Model;
-
-typedef struct {
-    const int32_t *tokens;
-    const int64_t *positions, *slots;  // of each new token
-    const int32_t *table;              // (slot, table_width): pages
-    int64_t count, table_width, longest;  // new tokens; pages a slot; highest position plus 1
-} Step;
 
 static void product(const Model *model, int rows, int inner, int outer, const float *x, const float *weight, float *out,
                     float beta) {
