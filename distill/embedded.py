@@ -118,7 +118,9 @@ class EmbeddedTeacher:
             return
         # The cache holds batch_size × max_len positions, so neither is larger than these asks need.
         longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-        engine = Engine(self.model, self.stop_ids, min(self.batch_size, len(requests)), longest)
+        # The last few sequences of a stage have the machine to themselves: there the MTP module drafts ahead.
+        drafts = 3 if self.model.mtp_layers else 0
+        engine = Engine(self.model, self.stop_ids, min(self.batch_size, len(requests)), longest, speculate=drafts)
         yield from map(self._reply, engine.generate(requests))
 
     def _prompt_ids(self, ask: Ask) -> list[int]:

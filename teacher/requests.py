@@ -69,8 +69,10 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class Update:
-    """What one or more steps brought one request. `text` is safe to show: it holds back what may turn out a stop string or is
-    part of a character. The last update of a request carries its completion."""
+    """What one or more steps brought one request; the last one carries its completion.
+
+    `text` is safe to show: what may turn out a stop string, or is part of a character, is held back.
+    """
 
     id: str
     token_ids: list[int]  # new ones, without the stop token

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,11 +62,22 @@ def _build(sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | None:
 @functools.cache
 def sgemm() -> int | None:
     """Address of torch's own single-precision matrix product, if it lets others call it."""
+    found = getattr(_torch_library(), "sgemm_", None)
+    return None if found is None else ctypes.cast(found, ctypes.c_void_p).value
+
+
+@functools.cache
+def set_blas_threads() -> Any:
+    """What sets the calling thread's number of threads for that product and returns the old one; None without MKL."""
+    return getattr(_torch_library(), "MKL_Set_Num_Threads_Local", None)
+
+
+@functools.cache
+def _torch_library() -> ctypes.CDLL | None:
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / name).is_file():
-            found = getattr(ctypes.CDLL(str(folder / name)), "sgemm_", None)
-            return None if found is None else ctypes.cast(found, ctypes.c_void_p).value
+            return ctypes.CDLL(str(folder / name))
     return None
 
 

@@ -109,7 +109,7 @@ def _attention(attention: MultiHeadLatentAttention) -> dict[str, Tensor]:
     kv_a = attention.kv_a_proj_with_mqa
     rows = torch.cat((torch.arange(rank), rank + halves))
     down, down_bias = [kv_a.weight[rows]], [None if kv_a.bias is None else kv_a.bias[rows]]
-    found = {"kv_norm": attention.kv_a_layernorm.weight}
+    found: dict[str, Tensor] = {"kv_norm": attention.kv_a_layernorm.weight}
     if config.q_lora_rank is None:
         q_AKX = attention.q_proj.weight.unflatten(0, (heads, -1))
     else:

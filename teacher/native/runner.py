@@ -7,6 +7,7 @@ of the time goes to small element-wise ones and to gathering pages; step.c does 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from teacher.cache import LatentCache
 from teacher.model import DeepseekV3
-from teacher.native.build import build, sgemm
+from teacher.native.build import build, set_blas_threads, sgemm
 from teacher.native.pack import Packed, absorbed_parameters, sizes
 from teacher.runner import Batch
 from teacher.slots import Slots
@@ -51,6 +52,7 @@ class NativeRunner:
         self.cache, self.packed, self.library = cache, packed, library
         address = sgemm()
         assert address is not None
+        self._set_blas_threads = set_blas_threads()
         self._model = packed.struct(cache.latents_LPGC, address)
         self._hidden, self._vocab = model.config.hidden_size, model.config.vocab_size
         self._work = torch.empty(0)
@@ -60,9 +62,9 @@ class NativeRunner:
         step, kept = self._step(batch)
         wanted_M = np.ascontiguousarray(wanted_M, dtype=np.int64)
         hidden_NH, logits_MV = torch.empty(step.count, self._hidden), torch.empty(len(wanted_M), self._vocab)
-        self.library.forward(
-            ctypes.byref(self._model), ctypes.byref(step), ctypes.c_int64(len(wanted_M)), _pointer(wanted_M),
-            self._workspace(step), _address(hidden_NH), _address(logits_MV),
+        self._call(
+            self.library.forward, ctypes.byref(self._model), ctypes.byref(step), ctypes.c_int64(len(wanted_M)),
+            _pointer(wanted_M), self._workspace(step), _address(hidden_NH), _address(logits_MV),
         )  # fmt: skip
         del kept
         return logits_MV, hidden_NH
@@ -75,8 +77,8 @@ class NativeRunner:
         wanted_M = np.ascontiguousarray(wanted_M, dtype=np.int64)
         out_NH, logits_MV = torch.empty(step.count, self._hidden), torch.empty(len(wanted_M), self._vocab)
         hidden_NH = hidden_NH.contiguous()
-        self.library.draft(
-            ctypes.byref(self._model), ctypes.byref(step), _address(hidden_NH), _pointer(first_N),
+        self._call(
+            self.library.draft, ctypes.byref(self._model), ctypes.byref(step), _address(hidden_NH), _pointer(first_N),
             ctypes.c_int64(len(wanted_M)), _pointer(wanted_M), self._workspace(step), _address(out_NH),
             _address(logits_MV),
         )  # fmt: skip
@@ -106,8 +108,8 @@ class NativeRunner:
         longest = ctypes.c_int64(int(slots.length_S[rows_B].max()) + 2 * drafts + 1)
         count, many = ctypes.c_int64(len(rows_B)), ctypes.c_int64(drafts)
         self._reserve(self.library.round_workspace(ctypes.byref(self._model), count, many, longest))
-        failed = self.library.decode(
-            ctypes.byref(self._model), ctypes.byref(self._slots[1]), _pointer(rows_B), count, many,
+        failed = self._call(
+            self.library.decode, ctypes.byref(self._model), ctypes.byref(self._slots[1]), _pointer(rows_B), count, many,
             _address(self._work), _pointer(kept_B),
         )  # fmt: skip
         if failed:
@@ -129,6 +131,16 @@ class NativeRunner:
         assert kept[3].flags.c_contiguous and kept[3].dtype == np.int32
         longest = int(batch.position_N.max()) + 1
         return _Step(*map(_pointer, kept), len(kept[0]), kept[3].shape[1], longest), kept
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        """Call with one thread for the products inside: the engine's threads each have sequences of their own."""
+        if self._set_blas_threads is None:
+            return function(*arguments)
+        before = self._set_blas_threads(1)
+        try:
+            return function(*arguments)
+        finally:
+            self._set_blas_threads(before)
 
     def _workspace(self, step: _Step) -> ctypes.c_void_p:
         count, longest = ctypes.c_int64(step.count), ctypes.c_int64(step.longest)
