@@ -163,10 +163,19 @@ class _Postings:
         return int(found[top]), float(scores[top])
 
 
+Opened = tuple[str, tuple[tuple[int, int] | None, ...]]  # the settings as JSON, and what tells a file's versions apart
+
+
+def opened(settings: DecontaminationFilter) -> Opened:
+    paths = [Path(source.source) for source in settings.against]
+    stats = [path.stat() if path.is_file() else None for path in paths]
+    return settings.model_dump_json(), tuple(stat and (stat.st_mtime_ns, stat.st_size) for stat in stats)
+
+
 @lru_cache(maxsize=2)
-def open_index(settings: str) -> Index:
-    """The index of a filter's settings, given as JSON."""
-    return Index(DecontaminationFilter.model_validate_json(settings))
+def open_index(chosen: Opened) -> Index:
+    """The index of a filter's settings, read anew when a file has changed."""
+    return Index(DecontaminationFilter.model_validate_json(chosen[0]))
 
 
 def read_texts(source: ProblemSource) -> list[str]:

@@ -9,7 +9,7 @@ with both texts in the run's contamination.jsonl; sets, hashes and counts go int
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from distill.filters.benchmarks import Match, clean_words, open_index, source_key
+from distill.filters.benchmarks import Match, Opened, clean_words, open_index, opened, source_key
 from distill.recipe import DecontaminationFilter
 from distill.records import Problem, Trace, Verdict
 
@@ -17,7 +17,7 @@ VERSION = 1
 
 
 _KEPT = 20000  # problems whose result is remembered; their traces come in many batches
-_found: dict[tuple[str, str], Match | None] = {}
+_found: dict[tuple[Opened, str], Match | None] = {}
 
 
 def check(traces: list[Trace], problems: dict[str, Problem], settings: DecontaminationFilter) -> list[Verdict]:
@@ -26,7 +26,7 @@ def check(traces: list[Trace], problems: dict[str, Problem], settings: Decontami
 
 
 def _find(texts: Sequence[str], settings: DecontaminationFilter) -> list[Match | None]:
-    chosen = settings.model_dump_json()
+    chosen = opened(settings)
     index = open_index(chosen)
     if len(_found) > _KEPT:
         _found.clear()
@@ -66,4 +66,4 @@ def hits(problems: Iterable[Problem], settings: DecontaminationFilter) -> Iterat
 
 def proof(settings: DecontaminationFilter) -> list[dict[str, Any]]:
     """Name, number of rows and hash of each evaluation set."""
-    return list(open_index(settings.model_dump_json()).facts)
+    return list(open_index(opened(settings)).facts)

@@ -1,7 +1,7 @@
 """duplicates: of traces that are the same text for the same problem, one is enough.
 
-The same after normalisation in (problem, reasoning), by a hash of 128 bits. Kept is the first in the recipe's order
-among those that passed every other filter.
+The same words and signs in problem and reasoning, whatever the blanks and the case of ASCII letters, by a hash of 128
+bits. Kept is the first in the recipe's order among those that passed every other filter.
 """
 
 import hashlib
@@ -9,14 +9,14 @@ import sys
 from typing import TYPE_CHECKING
 
 from distill.filters.comparing import Judgement, Rows, check_all
-from distill.identity import normalise
+from distill.filters.words import trace_words, words_of
 from distill.recipe import DuplicatesFilter
 from distill.records import Problem, Trace, Verdict
 
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 2
+VERSION = 3
 WIDTH = 16
 
 
@@ -28,9 +28,12 @@ def digest(traces: list[Trace], problems: dict[str, Problem], settings: Duplicat
     import numpy as np
 
     found = bytearray()
-    for trace in traces:
-        text = f"{normalise(problems[trace['problem_id']]['problem'])}\0{normalise(trace['reasoning'])}"
-        found += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=WIDTH).digest()
+    asked = words_of([problems[trace["problem_id"]]["problem"] for trace in traces])
+    for trace, problem, words in zip(traces, asked, trace_words(traces), strict=True):
+        size = len(trace["reasoning"].encode("utf-8", "surrogatepass"))
+        inside = int(np.searchsorted(words.start, size))  # the response's words come after
+        text = problem.hash.tobytes() + b"\0" + words.hash[:inside].tobytes()
+        found += hashlib.blake2b(text, digest_size=WIDTH).digest()
     return np.frombuffer(bytes(found), dtype=np.uint8).reshape(len(traces), WIDTH)
 
 

@@ -160,7 +160,7 @@ def test_real_traces_are_rejected_only_where_they_are_mixed():
 def test_sentences_spliced_into_real_traces_are_found():
     pick = random.Random(0)
     rows = real("r1_normal")
-    clean = [row for row, v in zip(rows, judged(rows, LanguageFilter()), strict=True) if v.passed]
+    clean = [row for row, v in zip(rows, judged(rows, LanguageFilter()), strict=True) if v.passed][::3]
     missed = dict.fromkeys(SPLICED, 0)
     for name, sentence in SPLICED.items():
         spliced = []
