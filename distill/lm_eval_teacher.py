@@ -57,7 +57,7 @@ class TeacherLM(TemplateLM):
         device: str | None = None,
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         seed: int | None = None,
@@ -80,7 +80,7 @@ class TeacherLM(TemplateLM):
         self.batch_size = _whole("batch_size", size)
         if max_batch_size is not None:
             self.batch_size = min(self.batch_size, _whole("max_batch_size", max_batch_size))
-        self.batch_tokens = _whole("batch_tokens", batch_tokens)
+        self.batch_tokens = None if batch_tokens is None else _whole("batch_tokens", batch_tokens)
         self.max_gen_toks = _whole("max_gen_toks", max_gen_toks)
         self.seed = torch.initial_seed() if seed is None else _whole("seed", seed, least=0)
         self._device = _device(device)

@@ -4,6 +4,9 @@ Continuations of one context are one row, each a branch behind it that sees the 
 question cost little more than the question. A branch lacks its continuation's last token, whose logits nobody needs, so
 continuations of one token cost nothing. Rows are sorted by length and run together up to a number of tokens.
 
+Company changes a score by rounding only, which is 1e-5 as a rule; where two experts or groups of them tie to the last
+bit, rounding decides which is taken (one of 256 answers moved by 1.8 of 285 nats in tests/bench/lm_eval_models.py).
+
 Shapes: R rows, T tokens, N scored tokens of a batch, H hidden, V vocabulary.
 """
 
@@ -52,14 +55,17 @@ def score(
     model: DeepseekV3,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     max_length: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """Score each (context, continuation) of token ids; yields (its index, its score), the longest rows first.
 
     A pair of more than max_length + 1 tokens (default: the model's context) loses the beginning of its context, as in
-    lm-eval's HFLM. Log-probabilities are taken in fp32. `batch_tokens` bounds a batch, padding included. Raises
-    ValueError for an empty context or continuation, and for a continuation longer than max_length.
+    lm-eval's HFLM. Log-probabilities are taken in fp32. `batch_tokens` bounds a batch, padding included (default: 2048
+    on a CPU, whose caches hold no more, else 16384). Raises ValueError for an empty context or continuation, and for a
+    continuation longer than max_length.
     """
+    if batch_tokens is None:
+        batch_tokens = 2048 if model.lm_head.weight.device.type == "cpu" else 16384
     rows = _rows(pairs, model.config.max_position_embeddings if max_length is None else max_length)
     rows.sort(key=lambda row: len(row.tokens), reverse=True)
     start = 0
