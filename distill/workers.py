@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
 
@@ -43,7 +44,8 @@ class Workers:
             if sent - received == _AHEAD * self.count:
                 yield self._receive(received)
                 received += 1
-            self._started[sent % self.count][1].send(batch)
+            with suppress(BrokenPipeError):  # said when its answer is missing
+                self._started[sent % self.count][1].send(batch)
             sent += 1
         while received < sent:
             yield self._receive(received)
@@ -53,7 +55,7 @@ class Workers:
         process, pipe = self._started[number % self.count]
         try:
             done, result = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             code = process.wait()
             raise RuntimeError(f"a worker process died (exit code {code}); was there too little memory?") from None
         if not done:

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -181,8 +182,15 @@ def open_index(chosen: Opened) -> Index:
 def read_texts(source: ProblemSource) -> list[str]:
     """The problems' texts of an evaluation set. Raises UserError as reading problems does."""
     from distill.problem_sources import source_problems
+    from distill.procedural import reasoning_gym_problems
 
-    return [problem["problem"] for problem in source_problems(source.model_copy(update={"answer": None}), "against")]
+    if source.source == "reasoning-gym":
+        split = "train" if source.split == "train" else "heldout"
+        problems = islice(reasoning_gym_problems(source.families, source.seed, split), source.count)
+    else:
+        # Only the text is wanted: the answer may be in any form.
+        problems = source_problems(source.model_copy(update={"answer": None}), "filters.decontamination.against")
+    return [problem["problem"] for problem in problems]
 
 
 def benchmark_name(source: ProblemSource) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LONGEST_WORD = 40  # bytes
 _GROUP_BYTES = 1 << 16  # what is cut in one pass: its temporary arrays (8 bytes a byte) fit the cache
-_KEPT_BYTES = 1 << 24  # of texts whose words are kept for the next filter
+_KEPT_BYTES = 1 << 22  # of texts whose words are kept for the next filter, beside the last batch's
 
 BLANK, LETTERS, SIGN, CHARACTER, _REST = range(5)
 
@@ -56,16 +56,11 @@ def trace_words(traces: Sequence[Trace]) -> list[Words]:
 
 def words_of(texts: Sequence[str]) -> list[Words]:
     """The words of each text."""
-    missing = list(dict.fromkeys(text for text in texts if text not in _kept))
-    if missing:
-        if sum(map(len, _kept)) > _KEPT_BYTES:
-            _kept.clear()
-        for text, words in zip(missing, cut_words(missing), strict=True):
-            _kept[text] = words
-    found = [_kept[text] for text in texts]
-    if sum(map(len, _kept)) > 2 * _KEPT_BYTES:
+    if sum(map(len, _kept)) > _KEPT_BYTES:
         _kept.clear()
-    return found
+    missing = [text for text in dict.fromkeys(texts) if text not in _kept]
+    _kept.update(zip(missing, cut_words(missing), strict=True))
+    return [_kept[text] for text in texts]
 
 
 def cut_words(texts: Sequence[str]) -> list[Words]:

@@ -29,19 +29,21 @@ def one(module, text, settings, of=None, end="stop"):
     return verdict
 
 
-def default_settings(name):
+def default_settings(name, folder):
     if name == "truncation":
         return None
-    given = {"against": [ProblemSource(source="none.jsonl")]} if name == "decontamination" else {}
+    (folder / "bench.jsonl").write_text('{"problem": "What is it?"}\n')
+    source = ProblemSource(source=str(folder / "bench.jsonl"))
+    given = {"against": [source]} if name == "decontamination" else {}
     return get_args(Filters.model_fields[name].annotation)[0](**given)
 
 
-def test_every_filter_has_the_same_interface():
+def test_every_filter_has_the_same_interface(tmp_path):
     assert set(ORDER) == {"truncation", *Filters.model_fields} and ORDER[-len(COMPARING) :] == COMPARING
     for name in ORDER:
         module = filter_module(name)
         assert callable(module.check) and isinstance(module.VERSION, int)
-        assert judge(module, [], settings=default_settings(name)) == []
+        assert judge(module, [], settings=default_settings(name, tmp_path)) == []
 
 
 @pytest.mark.parametrize(
