@@ -185,12 +185,11 @@ def read_texts(source: ProblemSource) -> list[str]:
     from distill.procedural import reasoning_gym_problems
 
     if source.source == "reasoning-gym":
-        split = "train" if source.split == "train" else "heldout"
-        problems = islice(reasoning_gym_problems(source.families, source.seed, split), source.count)
-    else:
-        # Only the text is wanted: the answer may be in any form.
-        problems = source_problems(source.model_copy(update={"answer": None}), "filters.decontamination.against")
-    return [problem["problem"] for problem in problems]
+        made = reasoning_gym_problems(source.families, source.seed, "train" if source.split == "train" else "heldout")
+        return [problem["problem"] for problem in islice(made, source.count)]
+    # Only the text is wanted: the answer may be in any form.
+    asked = source.model_copy(update={"answer": None})
+    return [problem["problem"] for problem in source_problems(asked, "filters.decontamination.against")]
 
 
 def benchmark_name(source: ProblemSource) -> str:
