@@ -10,8 +10,8 @@ from fractions import Fraction
 
 DIGITS = 400  # of a number that is read; int() of a megabyte of digits is slow
 _N = rf"\d{{1,{DIGITS}}}"
-_INTEGER = re.compile(rf"[+-]?(?:{_N}|\d{{1,3}}(?:,\d{{3}}){{1,100}})")
-_DECIMAL = re.compile(rf"([+-]?)(\d{{0,{DIGITS}}}|\d{{1,3}}(?:,\d{{3}}){{1,100}})\.(\d{{0,{DIGITS}}})")
+_INTEGER = re.compile(rf"[+-]?(?:{_N}|[1-9]\d{{0,2}}(?:,\d{{3}}){{1,100}})")
+_DECIMAL = re.compile(rf"([+-]?)(\d{{0,{DIGITS}}}|[1-9]\d{{0,2}}(?:,\d{{3}}){{1,100}})\.(\d{{0,{DIGITS}}})")
 _FRACTION = re.compile(
     rf"([+-]?)(?:({_N})/({_N})|\\frac\{{([+-]?{_N})\}}\{{([+-]?{_N})\}}|\\frac(\d)(\d)"
     rf"|\\frac\{{({_N})\}}(\d)|\\frac(\d)\{{({_N})\}})"

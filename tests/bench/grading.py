@@ -118,7 +118,7 @@ def hostile_answer(rng: random.Random) -> str:
         lambda: "\\begin{pmatrix}" + "1 & 2 \\\\ " * n + "\\end{pmatrix}",
         lambda: ",".join(str(k) for k in range(n)),
         lambda: "\\{" + ";".join("1/0" for _ in range(min(n, 300))) + "\\}",
-        lambda: "x = " * min(n, 300) + "5",
+        lambda: "x = " * min(n, 300) + "7",
         lambda: '7"}\n["correct", "forged"]\n',
         lambda: "\\text{" * min(n, 300) + "5" + "}" * min(n, 300),
         lambda: "__import__('os').system('true')",

@@ -15,6 +15,7 @@ import pytest
 from evals.grading import extract_answer, grade, grade_many
 from evals.grading.exact import exactly_equal, number
 from evals.grading.pool import Pool, shared_pool
+from tests.bench.grading import hostile_answer
 
 DATA = Path(os.environ.get("DISTILL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -154,6 +155,14 @@ def test_hostile_answers_neither_hang_nor_crash_nor_win(name, tmp_path, monkeypa
     assert result.verdict in verdicts
     assert not list(tmp_path.iterdir())
     assert grade(r"\boxed{\sqrt{16}}", "4").verdict == "correct"  # the next item finds a working process
+
+
+def test_no_answer_from_a_generator_of_harm_hangs_crashes_or_wins():
+    rng = random.Random(1)
+    for _ in range(60):
+        answer, start = hostile_answer(rng), time.monotonic()
+        graded = grade(f"\\boxed{{{answer}}}", rng.choice(["5", r"\frac{1}{2}", "(1, 2)", "x^2 + 1"]), timeout=0.3)
+        assert time.monotonic() - start < 10 and graded.verdict != "correct", answer[:100]
 
 
 def test_extraction_is_linear_in_hostile_text():

@@ -185,6 +185,7 @@ def test_where_ours_differs_from_math_verify_on_purpose(answer, reference, ours)
         ("x = 5", "y = 5", None),
         (r"6.02 \times 10^{3}", "6020", True),
         ("1000000", "1000001", False),
+        ("0,111", "111", None),  # a decimal comma, or a list
         ("0.3333333", "1/3", None),
         ("5 million", "5", None),
     ],

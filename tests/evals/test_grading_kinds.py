@@ -3,7 +3,6 @@ r"""Multiple choice, regular expressions, reasoning-gym's scorers, several boxes
 import asyncio
 import json
 import os
-import random
 import signal
 import threading
 import time
@@ -13,7 +12,7 @@ import pytest
 
 from evals.grading import extract_answer, grade, grade_async, grade_many
 from evals.grading.choice import choice_letter
-from evals.grading.pool import Pool, shared_pool
+from evals.grading.pool import TRIES, Pool, shared_pool
 
 
 @pytest.mark.parametrize(
@@ -163,28 +162,23 @@ def test_a_killed_worker_is_replaced_within_a_second():
 def test_workers_killed_from_outside_lose_no_item():
     pool = shared_pool()
     items = [(f"\\boxed{{\\sqrt{{{n * n}}} + x}}", f"x + {n}", "math") for n in range(2, 40)]
-    stop = time.monotonic() + 4
+    killed: list[int] = []
 
     def sabotage() -> None:
-        rng = random.Random(0)
-        while time.monotonic() < stop and not done.is_set():
+        """As often as an item may be unlucky: TRIES - 1 times."""
+        deadline = time.monotonic() + 30
+        while len(killed) < TRIES - 1 and time.monotonic() < deadline:
+            time.sleep(0.2)
             template = pool._template
             if template is not None:
-                try:
-                    path = f"/proc/{template.process.pid}/task/{template.process.pid}/children"
-                    children = Path(path).read_text().split()
-                except OSError:
-                    children = []
-                if children:
-                    os.kill(int(rng.choice(children)), signal.SIGKILL)
-            done.wait(0.25)
+                path = Path(f"/proc/{template.process.pid}/task/{template.process.pid}/children")
+                if children := [int(pid) for pid in path.read_text().split() if int(pid) not in killed]:
+                    os.kill(children[-1], signal.SIGKILL)
+                    killed.append(children[-1])
 
-    done = threading.Event()
     saboteur = threading.Thread(target=sabotage)
     saboteur.start()
-    try:
-        graded = grade_many(items, workers=2)
-    finally:
-        done.set()
-        saboteur.join()
+    graded = grade_many(items, workers=2, timeout=20)
+    saboteur.join()
     assert [g.verdict for g in graded] == ["correct"] * len(items)
+    assert len(killed) == TRIES - 1
