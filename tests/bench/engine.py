@@ -2,21 +2,12 @@
 
     python -m tests.bench.engine --json engine.json --svg docs/engine.svg [--vllm /path/to/its/python] [--quick]
 
-tests/bench/vllm_env.sh makes vLLM's environment; its Python is named by --vllm or DISTILL_VLLM_PYTHON. About ten minutes
-on two idle cores. --parts picks some of: compare roofline speculation cache memory concurrency.
+tests/bench/vllm_env.sh makes vLLM's environment; its Python is named by --vllm or DISTILL_VLLM_PYTHON. About ten
+minutes on two idle cores. --parts picks some of:
 
-compare   256 held-out problems of the quickstart, as the chat template renders them, given as token ids to every side;
-          other 256 in each round. `fixed`: 128 new tokens each, greedy, ends ignored. `natural`: sampled at 0.6 and 0.95,
-          each request as long as our engine's own sample of it was (at most 320), whatever is said there; so every side
-          makes the same number of tokens for each request, and all of them are kept. Each side first finds its best
-          settings (precision, one process with one or two threads or two processes, and what engine_peers.py lists);
-          in rounds the sides then take turns, first round unmeasured, starting with another side in each. Prefix caches
-          start empty. A ratio is of two sides in the same round. Two lines a side: its best on two cores however used,
-          and its best as one process.
-          Checked: greedy tokens up to the end token equal to those of transformers in float32, and the accuracy of
-          every side's own samples.
-roofline  engine_roofline.py says what it is and why it is not in our favour.
-The others are in engine_ours.py.
+compare   tokens/s of the three sides: engine_compare.py says what is asked of them and what is checked
+roofline  tokens/s if a step were its matrix products alone: engine_roofline.py says why it is not in our favour
+speculation, cache, memory, concurrency   of our engine alone: engine_ours.py
 
 Wall seconds and CPU seconds are both told: on a shared machine the ratio of the second is the sounder one. `others` is
 how many cores other processes kept busy meanwhile; a run for the docs has it near 0.
@@ -30,15 +21,14 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tests.bench.engine_compare import LONGEST, MAX_LEN, NEW, REQUESTS, SETS, compare
 from tests.bench.engine_curves import draw, lines
-from tests.bench.engine_ours import spread
-from tests.bench.engine_peers import ROOT, Contestant, Job, Search, Settings, Timing, describe
+from tests.bench.engine_peers import ROOT, Job, say
 
-REQUESTS, NEW, LONGEST, MAX_LEN, SETS = 256, 128, 320, 512, 4
 PARTS = ("compare", "roofline", "speculation", "cache", "memory", "concurrency")
 
 
@@ -127,7 +117,6 @@ def about(options: Any) -> Job:
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    from importlib.metadata import version
 
     return {
         "machine": f"{len(names)} x {names[0] if names else platform.processor()}", "cores": os.cpu_count(),
@@ -140,146 +129,6 @@ def about(options: Any) -> Job:
 
 def output(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
-
-
-def compare(options: Any, prompts: list[list[int]], problems: list[Any]) -> Job:
-    eos = json.loads((Path(options.model) / "config.json").read_text())["eos_token_id"]
-    base = {"model": options.model, "max_len": MAX_LEN, "eos": eos}
-    pythons = {"ours": sys.executable, "transformers": sys.executable} | (
-        {"vllm": options.vllm} if options.vllm else {}
-    )
-    if not options.vllm:
-        say(
-            "vLLM is left out: no environment named by --vllm or DISTILL_VLLM_PYTHON (tests/bench/vllm_env.sh makes one)"
-        )
-    sets = [prompts[n * REQUESTS : (n + 1) * REQUESTS] for n in range(SETS)]
-    greedy = {"temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": False, "lengths": [NEW] * REQUESTS}
-    sampled = {"temperature": 0.6, "top_p": 0.95, "seed": 0, "stop": False}
-
-    searches = {}
-    for side, python in pythons.items():
-        say(f"best settings of {side}:")
-        short = greedy | {"prompts": sets[0], "lengths": [NEW // 8 if options.quick else NEW // 2] * REQUESTS}
-        searches[side] = Search(side, base, python, short, options.quick, say)
-    chosen: dict[str, Settings] = {}
-    for side, search in searches.items():
-        chosen[side] = max(search.best.values(), key=lambda found: found[0])[1]
-        chosen[f"{side}, one process"] = search.best[1][1]
-
-    lengths, exact = references(base, sets, greedy, sampled)
-    runs: dict[str, dict[str, list[Timing]]] = {name: {"fixed": [], "natural": []} for name in chosen}
-    with ExitStack() as stack:
-        # A side whose best is one process is run once and told twice.
-        alive: dict[str, Contestant] = {}
-        for name, settings in chosen.items():
-            same = next((other for other in alive if chosen[other] == settings), None)
-            alive[name] = alive[same] if same else stack.enter_context(Contestant(settings, pythons[settings["side"]]))
-        order = [name for n, name in enumerate(chosen) if alive[name] not in list(alive.values())[:n]]
-        batches = natural_batches(options, alive, chosen, sampled | {"prompts": sets[0], "lengths": lengths[0]})
-        for turn in range(options.rounds + 1):
-            number = turn % SETS
-            jobs = {"fixed": greedy, "natural": sampled | {"lengths": lengths[number], "seed": turn}}
-            for work, job in jobs.items():
-                for name in order[turn % len(order) :] + order[: turn % len(order)]:
-                    more = {"batch": batches[name]} if work == "natural" and name in batches else {}
-                    timing = alive[name].run(job | more | {"prompts": sets[number]})
-                    if turn:
-                        runs[name][work].append(timing)
-                        rates = f"{timing.rate:8,.0f} tokens/s {timing.tokens / timing.cpu:8,.0f} a CPU second"
-                        say(f"  round {turn} {work:8} {rates}  others {timing.others:.1f}  {describe(chosen[name])}")
-        own_ends = {
-            name: alive[name].run(
-                sampled | {"prompts": sets[1], "lengths": [LONGEST] * REQUESTS, "stop": True, "seed": 1}
-            ) for name in order
-        }  # fmt: skip
-    for name in chosen:
-        twin = next(other for other in order if alive[other] is alive[name])
-        runs[name], own_ends[name] = runs[twin], own_ends[twin]
-        if twin in batches:
-            batches[name] = batches[twin]
-    accuracy = {
-        name: graded(options.model, timing.outputs, problems[REQUESTS : 2 * REQUESTS])
-        for name, timing in own_ends.items()
-    }
-    result: Job = {"contestants": {}, "ratios": {}, "mean_natural_tokens": statistics.mean(sum(lengths, []))}
-    for name, settings in chosen.items():
-        first = runs[name]["fixed"][0].outputs
-        result["contestants"][name] = {
-            "settings": settings, "natural_batch": batches.get(name), "trials": searches[settings["side"]].trials,
-            "own_ends": {
-                "accuracy": accuracy[name], "tokens_per_second": own_ends[name].rate,
-                "mean_tokens": own_ends[name].tokens / REQUESTS,
-            },
-            "greedy_as_transformers_float32": {
-                "to_the_end_token": sum(cut(a, eos) == cut(b, eos) for a, b in zip(first, exact, strict=True)),
-                "all_tokens": sum(a == b for a, b in zip(first, exact, strict=True)), "of": REQUESTS,
-            },
-        } | {
-            work: {
-                "tokens_per_second": spread([t.rate for t in timings]), "tokens": [t.tokens for t in timings],
-                "tokens_per_cpu_second": spread([t.tokens / t.cpu for t in timings]),
-                "others": max(t.others for t in timings),
-            } for work, timings in runs[name].items()
-        }  # fmt: skip
-    for name in chosen:
-        side, _, rest = name.partition(", ")
-        if side != "ours":
-            mine = "ours" + (", " + rest if rest else "")
-            result["ratios"][f"{mine} / {name}"] = {
-                work: {
-                    "wall": spread([a.rate / b.rate for a, b in zip(runs[mine][work], runs[name][work], strict=True)]),
-                    "cpu": spread([
-                        (a.tokens / a.cpu) / (b.tokens / b.cpu)
-                        for a, b in zip(runs[mine][work], runs[name][work], strict=True)
-                    ]),
-                } for work in ("fixed", "natural")
-            }  # fmt: skip
-    show_comparison(result)
-    return result
-
-
-def references(base: Settings, sets: list[Any], greedy: Job, sampled: Job) -> tuple[list[list[int]], list[list[int]]]:
-    """How long each request's sample by our engine is, set by set; and transformers' greedy tokens on the second set."""
-    plain = base | {"dtype": "float32", "processes": 1, "threads": 1}
-    with Contestant(plain | {"side": "ours"}, sys.executable) as ours:
-        to_the_end = sampled | {"stop": True, "lengths": [LONGEST] * REQUESTS}
-        lengths = [list(map(len, ours.run(to_the_end | {"prompts": prompts}).outputs)) for prompts in sets]
-    reference = plain | {"side": "transformers", "experts": "eager", "batch": REQUESTS}
-    with Contestant(reference, sys.executable) as theirs:
-        return lengths, theirs.run(greedy | {"prompts": sets[1]}).outputs
-
-
-def natural_batches(
-    options: Any, alive: dict[str, Contestant], chosen: dict[str, Settings], job: Job
-) -> dict[str, int]:
-    """transformers' best batch size where lengths differ: a batch runs as long as its longest row."""
-    found = {}
-    for name, settings in chosen.items():
-        if settings["side"] == "transformers":
-            alive[name].run(job | {"lengths": [8] * REQUESTS})
-            rates = {
-                size: alive[name].run(job | {"batch": size}).rate
-                for size in ([256] if options.quick else [256, 128, 64])
-            }
-            found[name] = max(rates, key=lambda size: rates[size])
-            say(f"{name}, natural lengths, tokens/s by batch: " + ", ".join(f"{k}: {v:,.0f}" for k, v in rates.items()))
-    return found
-
-
-def cut(tokens: list[int], eos: int) -> list[int]:
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
-
-
-def graded(model: str, outputs: list[list[int]], problems: list[Any]) -> float:
-    """Share of right answers."""
-    from transformers import AutoTokenizer
-
-    from evals.grading import grade
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = (tokenizer.decode(tokens, skip_special_tokens=True).split("</think>")[-1] for tokens in outputs)
-    verdicts = [grade(text, one["answer"], one["kind"]).verdict for text, one in zip(texts, problems, strict=True)]
-    return verdicts.count("correct") / len(verdicts)
 
 
 def roofline(options: Any, found: Job) -> Job:
@@ -309,18 +158,6 @@ def alone(measure: str, settings: Job) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show_comparison(result: Job) -> None:
-    for name, one in result["contestants"].items():
-        same, answers = one["greedy_as_transformers_float32"], one["own_ends"]["accuracy"]
-        say(f"{name}: {describe(one['settings'])}; {same['to_the_end_token']} of {same['of']} greedy as transformers "
-            f"in float32; {answers:.1%} right")  # fmt: skip
-    for name, works in result["ratios"].items():
-        for work, ratio in works.items():
-            wall, cpu = ratio["wall"], ratio["cpu"]
-            say(f"{name}, {work}: x{wall['median']:.2f} ({wall['min']:.2f} to {wall['max']:.2f}), "
-                f"by CPU seconds x{cpu['median']:.2f} ({cpu['min']:.2f} to {cpu['max']:.2f})")  # fmt: skip
-
-
 def show_speculation(found: Job) -> None:
     for sampling, rows in found.items():
         for row in rows:
@@ -329,10 +166,6 @@ def show_speculation(found: Job) -> None:
             say(f"batch 1, {sampling}, {row['drafts']} drafts: {rate['median']:,.0f} tokens/s, x{ratio['median']:.2f} "
                 f"({ratio['min']:.2f} to {ratio['max']:.2f}); accepted {alone_ or '-'}; "
                 f"{row['identical']} of {row['requests']} as plain")  # fmt: skip
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

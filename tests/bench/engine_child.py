@@ -35,7 +35,7 @@ class Ours:
         from teacher.engine import Engine
         from teacher.requests import Request
 
-        ends = None if job["stop"] else []
+        ends: list[int] | None = None if job["stop"] else []
         lengths = job["lengths"]
         requests = [
             Request(str(n), ids, job["temperature"], job["top_p"], max_tokens=lengths[n], seed=n, stop_ids=ends)
@@ -123,7 +123,7 @@ class VLLM:
             "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_MLA_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
         }  # fmt: skip
-        from vllm import LLM
+        from vllm import LLM  # type: ignore[import-not-found]
 
         self.llm = LLM(
             setup["model"], dtype=setup["dtype"], enforce_eager=setup["mode"] == "eager", max_num_seqs=256,
@@ -147,7 +147,7 @@ class VLLM:
         return work
 
 
-SIDES = {"ours": Ours, "transformers": Transformers, "vllm": VLLM}
+SIDES: dict[str, Any] = {"ours": Ours, "transformers": Transformers, "vllm": VLLM}
 
 
 def main() -> None:

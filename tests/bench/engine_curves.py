@@ -38,8 +38,8 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> str:
 
         parts.append(f'<text x="{LEFT}" y="{top - 8}" font-weight="600">{name}</text>')
         parts.append(f'<rect x="{LEFT}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#cbd5e1"/>')
-        for value, y in ((high, top + 10), (low, top + HEIGHT)):
-            parts.append(f'<text x="{LEFT - 6}" y="{y}" text-anchor="end">{value:,.3g}</text>')
+        for value, base in ((high, top + 10), (low, top + HEIGHT)):
+            parts.append(f'<text x="{LEFT - 6}" y="{base}" text-anchor="end">{value:,.3g}</text>')
         for colour, points in zip(COLOURS, runs.values(), strict=False):
             places = [at(point["concurrency"], point[key]) for point in points]
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)

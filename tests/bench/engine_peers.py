@@ -38,7 +38,7 @@ class Contestant:
     def __init__(self, settings: Settings, python: str, start_limit: float = 240.0) -> None:
         self.settings = settings
         self.name = describe(settings)
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the children
         self.children = []
         for number in range(settings["processes"]):
             env = os.environ | {"OMP_NUM_THREADS": str(settings["threads"]), "TRANSFORMERS_VERBOSITY": "error"}
@@ -101,6 +101,7 @@ class Contestant:
         for child in self.children:
             child.kill()
             child.wait()
+        self.log.close()
 
 
 def describe(settings: Settings) -> str:
@@ -145,8 +146,8 @@ def changes(side: str, vllm: str, quick: bool) -> list[Settings]:
 class Search:
     """The fastest settings of a side. Each trial runs once to warm up, then twice, and the faster one counts."""
 
-    def __init__(self, side: str, base: Settings, python: str, job: Job, quick: bool, say: Any) -> None:
-        self.python, self.job, self.say = python, job, say
+    def __init__(self, side: str, base: Settings, python: str, job: Job, quick: bool) -> None:
+        self.python, self.job = python, job
         self.trials: list[Job] = []
         # On two cores the whole machine may be used by one process or by two: the best of each is wanted.
         self.best: dict[int, tuple[float, Settings]] = {}
@@ -167,11 +168,15 @@ class Search:
                 runs = [contestant.run(self.job) for _ in range(2)]
         except RuntimeError as error:  # settings that a side cannot run are a finding, not the end of the search
             self.trials.append({"settings": settings, "error": str(error)})
-            self.say(f"      failed           {describe(settings)}: {str(error).splitlines()[-1]}")
+            say(f"      failed           {describe(settings)}: {str(error).splitlines()[-1]}")
             return
         timing = max(runs, key=lambda run: run.rate)
         self.trials.append({"settings": settings, "tokens_per_second": timing.rate, "others": timing.others})
-        self.say(f"  {timing.rate:8,.0f} tokens/s  {describe(settings)}")
+        say(f"  {timing.rate:8,.0f} tokens/s  {describe(settings)}")
         processes = settings["processes"]
         if processes not in self.best or timing.rate > self.best[processes][0]:
             self.best[processes] = (timing.rate, settings)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

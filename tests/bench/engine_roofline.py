@@ -9,7 +9,7 @@ and all. Operands are warm and never change; the shortest of many timings counts
 routing, sorting for the experts, the cache's pages, sampling, Python and the prompts are all left out. Products that
 can be one are one (the two projections of the input, gate and up, all experts that share a shape). So:
 
-    seconds a token = sum over products of (count in the model x shortest seconds) / batch
+    seconds a token = sum over products of (copies in the model x shortest seconds) / batch
     tokens/s        = 1 / seconds a token, for one thread, for two threads on each product, and for two processes with
                       half of the batch each; the best of the three is the roofline
 
@@ -32,10 +32,10 @@ LARGE = 16
 
 
 class Product(NamedTuple):
-    """`groups` independent products (rows, inner) @ (inner, columns), `count` times in the model."""
+    """`groups` independent products (rows, inner) @ (inner, columns), `copies` times in the model."""
 
     name: str
-    count: int
+    copies: int
     groups: int
     rows: int
     inner: int
@@ -44,7 +44,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        return 2 * self.count * self.groups * self.rows * self.inner * self.columns
+        return 2 * self.copies * self.groups * self.rows * self.inner * self.columns
 
 
 def products(config: dict[str, Any], batch: int, context: int) -> list[Product]:
@@ -210,7 +210,7 @@ def _child(
     peak = 2 * 1024**3 / shortest(lambda: torch.mm(square, square), barrier.wait)
 
     def total(wanted: list[Product], found: dict[str, tuple[float, str]], tokens: int) -> float:
-        return sum(p.count * found[p.name][0] for p in wanted) / tokens
+        return sum(p.copies * found[p.name][0] for p in wanted) / tokens
 
     queue.put(
         {
@@ -219,7 +219,7 @@ def _child(
             "products": [
                 p._asdict() | {
                     "microseconds": got[0][p.name][0] * 1e6, "way": got[0][p.name][1],
-                    "gflops": p.flops / p.count / max(got[0][p.name][0], 1e-12) / 1e9,
+                    "gflops": p.flops / p.copies / max(got[0][p.name][0], 1e-12) / 1e9,
                 } for p in step
             ],
         }
@@ -270,4 +270,4 @@ if __name__ == "__main__":
             for p in layout["products"]:
                 shape = f"{p['groups']} x ({p['rows']}, {p['inner']}) @ ({p['inner']}, {p['columns']})"
                 rate = f"{p['microseconds']:8.1f} us {p['gflops']:7.0f} GFLOP/s"
-                print(f"  {p['count']:2} {p['name']:26} {shape:36} {rate}  {p['way']}")
+                print(f"  {p['copies']:2} {p['name']:26} {shape:36} {rate}  {p['way']}")
