@@ -49,7 +49,7 @@ def _answer(trace: Trace, kind: str) -> str | None:
     from evals.grading.exact import normalise, plain_string
     from evals.grading.numbers import number
 
-    answer = extract_answer(trace["response"], kind) if trace["finish_reason"] == "stop" else None
+    answer = extract_answer(trace["response"], kind) if trace["finish_reason"] in ("stop", "unknown") else None
     if answer is None or len(answer) > 2000:
         return None
     if kind == "exact":

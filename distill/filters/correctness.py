@@ -3,17 +3,19 @@
 from distill.recipe import CorrectnessFilter
 from distill.records import Problem, Trace, Verdict
 
-VERSION = 1
+VERSION = 2
 
 
 def check(traces: list[Trace], problems: dict[str, Problem], settings: CorrectnessFilter | None) -> list[Verdict]:
     """Pass only 'correct': what cannot be verified is not learnt from. A sample that was cut off is never correct.
 
+    Where nobody recorded the end ("unknown"), the answer is judged; `truncation` judges the end.
+
     With `without_reference: pass`, traces of problems without a reference answer pass unjudged.
     """
     from evals.grading import grade_many
 
-    whole = [trace for trace in traces if trace["finish_reason"] == "stop"]
+    whole = [trace for trace in traces if trace["finish_reason"] in ("stop", "unknown")]
     asked = [problems[trace["problem_id"]] for trace in whole]
     grades = grade_many([(t["response"], p["answer"], p["kind"]) for t, p in zip(whole, asked, strict=True)])
     left_open = settings is not None and settings.without_reference == "pass"

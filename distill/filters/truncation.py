@@ -39,7 +39,7 @@ def _check(trace: Trace) -> Verdict:
 
 
 _UNFINISHED = re.compile(
-    r"(?:[,;:(\[{=+*/\\^_-]|\b(?:the|a|an|of|and|or|to|is|are|in|with|by|that|for))\Z", re.IGNORECASE
+    r"(?:[,;:(\[{=+/\\^-]|\b(?:the|a|an|of|and|or|to|is|are|in|with|by|that|for))\Z", re.IGNORECASE
 )
 
 
@@ -53,6 +53,6 @@ def _check_text(text: str, response: str) -> Verdict:
         return Verdict(False, "cut off, it seems: a code block is open at the end")
     if response.count("$$") % 2 or response.count("\\[") > response.count("\\]"):
         return Verdict(False, "cut off, it seems: a formula is open at the end")
-    if _UNFINISHED.search(response[-40:]):
+    if _UNFINISHED.search(response[-40:].rstrip("*_ \n")):  # bold type may end after the full stop
         return Verdict(False, f"cut off, it seems: it ends in '{response[-20:]}'")
     return Verdict(True, "ended, as far as the text shows")

@@ -9,9 +9,28 @@ from typing import get_args
 
 import pytest
 
-from distill.filters import COMPARING, ORDER, correctness, duplicates, filter_module, length, truncation
+from distill.filters import (
+    COMPARING,
+    ORDER,
+    correctness,
+    duplicates,
+    filter_module,
+    length,
+    readability,
+    reflection,
+    truncation,
+)
 from distill.filters import format as format_filter
-from distill.recipe import CorrectnessFilter, DuplicatesFilter, Filters, FormatFilter, LengthFilter, ProblemSource
+from distill.recipe import (
+    CorrectnessFilter,
+    DuplicatesFilter,
+    Filters,
+    FormatFilter,
+    LengthFilter,
+    ProblemSource,
+    ReadabilityFilter,
+    ReflectionFilter,
+)
 from distill.records import Verdict
 from tests.distill.small_run import problem, trace
 
@@ -52,6 +71,7 @@ def test_every_filter_has_the_same_interface(tmp_path):
         ("stop", True, "ended by itself"),
         ("length", False, r"cut off after 6 tokens \(max_tokens 64\)"),
         ("prompt_too_long", False, "never sent: the prompt of 5 tokens"),
+        ("unknown", True, "ended, as far as the text shows"),
         ("content_filter", False, "did not end by itself: content_filter"),
     ],
 )
@@ -60,6 +80,25 @@ def test_truncation(end, passed, reason):
 
     verdict = one(truncation, "2 and 2 is 4.\n</think>\n\n\\boxed{4}", None, end=end)
     assert verdict.passed == passed and re.match(reason, verdict.reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x</think>The answer is **$1,430**", "ended"),
+        ("x</think>So it is \\(\\boxed{27}\\) puppies.**", "ended"),
+        ("x</think>\\[ \\boxed{4} \\]", "ended"),
+        ("x</think>Total: 5 + 6 =", "cut off, it seems: it ends in 'Total: 5 + 6 ='"),
+        ("x</think>First we find the", "cut off, it seems: it ends in"),
+        ("x</think>\\[ 5 + 6", "cut off, it seems: a formula is open"),
+        ("x</think>```python\nprint(1)", "cut off, it seems: a code block is open"),
+        ("Wait, let me", "cut off, it seems: the thinking never closes"),
+        ("x</think>", "cut off, it seems: nothing after"),
+    ],
+)
+def test_an_end_that_nobody_recorded_is_judged_by_the_text(text, reason):
+    verdict = one(truncation, text, None, end="unknown")
+    assert verdict.reason.startswith(reason) and verdict.passed == (reason == "ended")
 
 
 @pytest.mark.parametrize(
@@ -148,12 +187,60 @@ def test_correctness():
         (half, "x</think>\\boxed{0.5}", "stop", True, "correct: 0.5 = \\frac{1}{2}"),
         (word, "x</think>\\boxed{cba}", "stop", True, "correct: cba = cba"),
         (word, "x</think>\\boxed{abc}", "stop", False, "wrong: abc ≠ cba"),
+        (problem(), "x</think>\\boxed{4}", "unknown", True, "correct: 4 = 4"),
         (none, "x</think>\\boxed{4}", "stop", False, "unverifiable: the problem has no reference answer"),
     ]
     traces = [trace(of, text, sample, end) for sample, (of, text, end, *_) in enumerate(cases)]
     verdicts = judge(correctness, traces, [problem(), word, half, none], CorrectnessFilter())
     for verdict, (*_, passed, reason) in zip(verdicts, cases, strict=True):
         assert verdict.passed == passed and verdict.reason.startswith(reason), (verdict, reason)
+
+
+def test_without_a_reference_a_recipe_may_leave_the_judgement_to_agreement():
+    none = problem("Why?", None)
+    traces = [trace(none, "x</think>\\boxed{4}"), trace(none, "x</think>\\boxed{4}", 1, "length"), trace(problem())]
+    found = judge(correctness, traces, [none, problem()], CorrectnessFilter(without_reference="pass"))
+    assert [v.passed for v in found] == [True, False, True]
+    assert found[0].reason == "not judged: the problem has no reference answer"
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("\\boxed{4} and again \\boxed{ 4 }", None),
+        ("\\boxed{\\frac{1}{2}} or \\boxed{0.5}", "2 different answers are boxed: \\frac{1}{2}, then 0.5"),
+        ("\\boxed{11}, \\boxed{9}, \\boxed{4}", "3 different answers are boxed: 11, then 9"),
+    ],
+)
+def test_a_single_answer_on_request(response, reason):
+    text = f"x</think>{response}"
+    assert one(format_filter, text, FormatFilter()).passed
+    verdict = one(format_filter, text, FormatFilter(single_answer=True))
+    assert verdict.passed == (reason is None) and (reason is None or verdict.reason == reason)
+
+
+def test_readability():
+    long = "word " * 401
+    assert one(readability, f"{long[:-5]}</think>\\boxed{{4}}", ReadabilityFilter()).passed
+    verdict = one(readability, f"so\n\n{long}\n\nthen</think>\\boxed{{4}}", ReadabilityFilter())
+    assert verdict.reason == f"a paragraph of 401 words, more than 400: '{'word ' * 8}...'"
+    assert one(readability, long, ReadabilityFilter(max_paragraph_words=None)).passed
+    code = "Let me run it.\n```python\nprint(4)\n```\n</think>\\boxed{4}"
+    assert one(readability, code, ReadabilityFilter()).reason == "a code block at character 15 of the reasoning"
+    assert one(readability, code, ReadabilityFilter(code_blocks=True)).passed
+    assert one(readability, code, ReadabilityFilter(), problem(kind="code")).passed
+
+
+def test_reflection_is_measured_and_rejects_nothing():
+    text = (
+        "So it is 4. Wait, let me check that again. 2 and 2. Hmm, let me double-check: 5? No, that's wrong. "
+        "Alternatively, I can count. Hold on. On second thought it is 4.\n</think>\n\n\\boxed{4}"
+    )
+    verdict = one(reflection, text, ReflectionFilter())
+    counts = {name: verdict.measured[name] for name in reflection.MARKERS}
+    assert verdict.passed and counts == {"wait": 3, "check": 2, "alternative": 1, "backtrack": 2}
+    assert "wait 3, check 2, alternative 1, backtrack 2" in verdict.reason
+    assert one(reflection, "It is 4.\n</think>\n\n\\boxed{4}", ReflectionFilter()).reason == "0 a 1,000 words (none)"
 
 
 def test_duplicates_keep_the_first_with_the_same_reasoning_for_the_same_problem():
