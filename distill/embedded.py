@@ -119,7 +119,7 @@ class EmbeddedTeacher:
         # The cache holds batch_size × max_len positions, so neither is larger than these asks need.
         longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
         # The last few sequences of a stage have the machine to themselves: there the MTP module drafts ahead.
-        drafts = 3 if self.model.mtp_layers else 0
+        drafts = 4 if self.model.mtp_layers else 0
         engine = Engine(self.model, self.stop_ids, min(self.batch_size, len(requests)), longest, speculate=drafts)
         yield from map(self._reply, engine.generate(requests))
 

@@ -37,7 +37,7 @@ class EngineSaying:
 
         self.requests = []
 
-        def make(model, stop_ids, batch_size, max_len):
+        def make(model, stop_ids, batch_size, max_len, **drafting):
             self.stop_ids, self.batch_size, self.max_len = stop_ids, batch_size, max_len
             return SimpleNamespace(generate=self.generate)
 
