@@ -99,7 +99,7 @@ class Judge:
             "seed": number,
         }
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        path = self.cache / digest[:2] / f"{digest}.json"
+        path = Path(self.cache) / digest[:2] / f"{digest}.json"
         try:
             return _verdict(json.loads(path.read_text(encoding="utf-8"))["text"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -261,15 +261,22 @@ def _last_line(stderr: bytes) -> str:
     return "".join(c for c in last if c.isprintable())[:120]
 
 
-@lru_cache(maxsize=len(KINDS))
+_working: set[str] = set()
+
+
 def why_not(isolation: str) -> str | None:
-    """None if programs can be shut in this way here, else the reason. Tried once, by running an empty program."""
+    """None if programs can be shut in this way here, else the reason. Tried until it works, with an empty program."""
+    if isolation in _working:
+        return None
     if not sys.platform.startswith("linux"):
         return "the sandbox needs Linux"
     if isolation == "bubblewrap" and shutil.which("bwrap", path=_PATH) is None:
         return "bubblewrap (bwrap) is not installed"
     with Sandbox(isolation, "stdin", "", Limits()) as sandbox:
-        return sandbox.start()
+        reason = sandbox.start()
+    if reason is None:
+        _working.add(isolation)
+    return reason
 
 
 def choose(isolation: str | None = None) -> str:

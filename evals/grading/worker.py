@@ -62,7 +62,11 @@ def score(answer: str, reference: str) -> tuple[str, str]:
     import reasoning_gym
 
     entry = json.loads(reference)
-    scorer = reasoning_gym.get_score_answer_fn(entry["metadata"]["source_dataset"])
+    family = entry["metadata"]["source_dataset"]
+    try:
+        scorer = reasoning_gym.get_score_answer_fn(family)
+    except ValueError:
+        return "unverifiable", f"reasoning-gym has no family {family[:40]}"
     try:
         value = float(scorer(answer, entry))
     except Exception as error:  # a scorer that cannot read the answer

@@ -159,7 +159,7 @@ def test_hostile_answers_neither_hang_nor_crash_nor_win(name, tmp_path, monkeypa
 
 def test_no_answer_from_a_generator_of_harm_hangs_crashes_or_wins():
     rng = random.Random(1)
-    for _ in range(60):
+    for _ in range(40):
         answer, start = hostile_answer(rng), time.monotonic()
         graded = grade(f"\\boxed{{{answer}}}", rng.choice(["5", r"\frac{1}{2}", "(1, 2)", "x^2 + 1"]), timeout=0.3)
         assert time.monotonic() - start < 10 and graded.verdict != "correct", answer[:100]

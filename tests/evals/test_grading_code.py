@@ -267,7 +267,7 @@ print("scratch", os.listdir("/scratch"))
     ],
 )  # fmt: skip
 def test_bombs_end_in_time_and_leave_nothing(isolation, name, source, status):
-    limits = Limits(seconds=1.5, memory=256 << 20, output=1 << 20, scratch=16 << 20)
+    limits = Limits(seconds=0.8, memory=256 << 20, output=1 << 20, scratch=16 << 20)
     start = time.monotonic()
     with Sandbox(isolation, "stdin", source, limits) as sandbox:
         assert sandbox.start() is None
@@ -425,14 +425,14 @@ def test_published_solutions_pass_their_tests_and_fail_others():
         pytest.skip(f"no benchmarks in {DATA}")
     items = []
     with (path / "mbpp.jsonl").open(encoding="utf-8") as file:
-        for row in map(json.loads, list(file)[:30]):
+        for row in map(json.loads, list(file)[:12]):
             tests = row["test_list"]
             tests = ast.literal_eval(tests) if isinstance(tests, str) else tests
             items.append(
                 (f"```python\n{row['code']}\n```", json.dumps({"asserts": tests, "setup": row["test_setup_code"]}))
             )
     with (path / "humaneval.jsonl").open(encoding="utf-8") as file:
-        for row in map(json.loads, list(file)[:30]):
+        for row in map(json.loads, list(file)[:12]):
             tests = {"check": row["test"], "function": row["entry_point"]}
             items.append((f"```python\n{row['prompt']}{row['canonical_solution']}\n```", json.dumps(tests)))
     graded = grade_many([(text, tests, "code") for text, tests in items])

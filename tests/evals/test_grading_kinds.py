@@ -100,9 +100,8 @@ def test_reasoning_gym_scores_its_own_families(tmp_path):
         assert grade(f"\\boxed{{{entry['answer']}}}", reference, "reasoning-gym").verdict == "correct"
         assert grade("<answer>no idea</answer>", reference, "reasoning-gym").verdict == "wrong"
     assert grade("<answer>1</answer>", "5", "reasoning-gym").verdict == "unverifiable"
-    assert (
-        grade("<answer>1</answer>", '{"metadata": {"source_dataset": "no such"}}', "reasoning-gym").verdict != "correct"
-    )
+    unknown = grade("<answer>1</answer>", '{"metadata": {"source_dataset": "no such"}}', "reasoning-gym")
+    assert unknown.verdict == "unverifiable" and "no family no such" in unknown.reason
 
 
 def test_a_scorer_that_evaluates_the_answer_can_do_nothing_with_it(tmp_path):
