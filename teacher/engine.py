@@ -20,6 +20,7 @@ import torch
 
 from teacher.cache import LatentCache
 from teacher.decoding import Round, Runner, decode, prefill
+from teacher.graphs import GraphRunner
 from teacher.model import DeepseekV3
 from teacher.native.runner import native_runners
 from teacher.pages import PagePool
@@ -45,7 +46,8 @@ class Engine:
     (default: what they need, at most 1 GiB, on a GPU at most 80% of the free memory). `prefill_tokens` bounds the
     prompt tokens of a step. `speculate` is how many tokens the MTP module drafts a step, while no more than
     `speculate_rows` sequences run. `threads` CPU threads each take a share of the sequences (default: torch's number).
-    `native` lets a float32 model on a CPU run in C (see teacher/native) where there is a compiler.
+    `native` lets a float32 model on a CPU run in C (see teacher/native) where there is a compiler, `graphs` a bf16
+    model on a GPU by CUDA graphs.
     Raises ValueError on sizes that the model cannot have.
     """
 
@@ -63,6 +65,7 @@ class Engine:
         speculate_rows: int = 8,
         threads: int | None = None,
         native: bool = True,
+        graphs: bool = True,
     ) -> None:
         context = model.config.max_position_embeddings
         max_len = context if max_len is None else max_len
@@ -98,8 +101,7 @@ class Engine:
         self._pool_of_threads = (
             ThreadPoolExecutor(self._threads, "engine", torch.set_num_threads, (1,)) if self._threads > 1 else None
         )
-        in_c = native_runners(model, self._cache, self._threads) if native else None
-        self._runners: Sequence_[Runner] = in_c or [TorchRunner(model, self._cache) for _ in range(self._threads)]
+        self._runners = _runners(model, self._cache, self._threads, native, graphs)
         self._live: dict[str, Sequence] = {}
         self._cancelled: list[str] = []
         self._ended: dict[str, Completion] = {}  # of generations that have not taken them yet
@@ -309,6 +311,16 @@ class Engine:
         )
         first = sequence.shown
         return Update(request.id, drawn[first:], text, sequence.logprobs[first : len(drawn)], completion)
+
+
+def _runners(model: DeepseekV3, cache: LatentCache, threads: int, native: bool, graphs: bool) -> Sequence_[Runner]:
+    """A runner a thread, of the fastest kind that serves this model here."""
+    in_c = native_runners(model, cache, threads) if native else None
+    if in_c:
+        return in_c
+    weight = model.lm_head.weight
+    kind = GraphRunner if graphs and weight.device.type == "cuda" and weight.dtype == torch.bfloat16 else TorchRunner
+    return [kind(model, cache) for _ in range(threads)]
 
 
 def _stop_id(slots: Slots, sequence: Sequence) -> int | None:

@@ -1,7 +1,8 @@
 """One step of the model over cached sequences, in torch: any device, any dtype. `teacher.native` is its CPU twin.
 
 Shapes: N new tokens (of all sequences, one after another), B sequences, T new tokens of the longest, M tokens whose
-logits are wanted, S slots, P pages a slot, H hidden, V vocabulary, C latent, L positions of context.
+logits are wanted, S slots (in a view: positions of context), P pages a slot, G tokens a page, H hidden, V vocabulary,
+L layers, C latent.
 """
 
 from __future__ import annotations
@@ -45,12 +46,8 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch, wanted_M: np.ndarray) -> tuple[Tensor, Tensor]:
         """Logits (M, V) of the tokens `wanted_M` (indices into N), and the hidden states (N, H) of all."""
-        layout = _Layout(batch, self.cache.page_size, self.device)
-        absorbed = absorbed_is_cheaper(self.model.config, layout.longest, layout.context)
-        pages = self.cache.latents_LPGC[: self.model.config.num_hidden_layers]
-        views = [layout.view(layer_PGC, None) for layer_PGC in pages]
-        hidden_BTH = self.model.extend(layout.pad(batch.tokens_N), layout.position_BT, views, absorbed)
-        hidden_NH = layout.flat(hidden_BTH)
+        rows = _Rows(batch, self.cache.page_size, self.device)
+        hidden_NH = rows.flat(self.extend(rows.tokens_BT, rows.position_BT, rows.table_BP))
         return self.model.lm_head(hidden_NH[_index(wanted_M, self.device)]), hidden_NH
 
     @torch.inference_mode()
@@ -62,15 +59,27 @@ class TorchRunner:
         `batch.tokens_N` are these next tokens, `batch.position_N` the positions of the hidden states; a sequence looks
         no further back than its `first_B`.
         """
-        layout = _Layout(batch, self.cache.page_size, self.device)
-        absorbed = absorbed_is_cheaper(self.model.config, layout.longest, layout.context)
-        view = layout.view(self.cache.latents_LPGC[self.model.config.num_hidden_layers], first_B)
-        out_BTH = self.model.draft(
-            layout.pad_tensor(hidden_NH), layout.pad(batch.tokens_N), layout.position_BT, view, absorbed
-        )
-        out_NH = layout.flat(out_BTH)
+        rows = _Rows(batch, self.cache.page_size, self.device)
+        hidden_BTH, first_B1 = rows.pad(hidden_NH), _index(first_B, self.device).unsqueeze(1)
+        out_NH = rows.flat(self.extend_draft(rows.tokens_BT, rows.position_BT, rows.table_BP, hidden_BTH, first_B1))
         wanted_MH = out_NH[_index(wanted_M, self.device)]
         return self.model.lm_head(self.model.mtp_layers[0].shared_head.norm(wanted_MH)), out_NH
+
+    def extend(self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor) -> Tensor:
+        """Hidden states (B, T, H) of new tokens; positions of padding are -1."""
+        layers = self.cache.latents_LPGC[: self.model.config.num_hidden_layers]
+        views = _views(layers, position_BT, table_BP, None)
+        absorbed = absorbed_is_cheaper(self.model.config, tokens_BT.shape[1], views[0].read_BS.shape[1])
+        return self.model.extend(tokens_BT, position_BT.clamp_min(0), views, absorbed)
+
+    def extend_draft(
+        self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor, hidden_BTH: Tensor, first_B1: Tensor
+    ) -> Tensor:
+        """The draft module's output (B, T, H)."""
+        last = self.model.config.num_hidden_layers
+        (view,) = _views(self.cache.latents_LPGC[last : last + 1], position_BT, table_BP, first_B1)
+        absorbed = absorbed_is_cheaper(self.model.config, tokens_BT.shape[1], view.read_BS.shape[1])
+        return self.model.draft(hidden_BTH, tokens_BT, position_BT.clamp_min(0), view, absorbed)
 
     @torch.inference_mode()
     def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray:
@@ -102,61 +111,55 @@ def absorbed_is_cheaper(config: DeepseekV3Config, new: int, context: int) -> boo
     return absorbed <= expanded
 
 
-class _Layout:
-    """The sequences of a batch as rows padded on the right, and where their tokens lie in the cache."""
+class _Rows:
+    """The sequences of a batch as rows padded on the right, on the device."""
 
     def __init__(self, batch: Batch, page_size: int, device: torch.device) -> None:
-        rows, self.longest = len(batch.count_B), int(batch.count_B.max())
-        self.context = int(batch.position_N.max()) + 1
-        self.device = device
-        self.full = bool((batch.count_B == self.longest).all())
-        column_T = np.arange(self.longest)
-        real_BT = column_T < batch.count_B[:, None]
+        longest, self._device = int(batch.count_B.max()), device
+        real_BT = np.arange(longest) < batch.count_B[:, None]
+        self._full = bool(real_BT.all())
         self._row_N, self._column_N = np.nonzero(real_BT)
-        self._shape = (rows, self.longest)
-        position_BT = np.zeros(self._shape, dtype=np.int64)
-        position_BT[real_BT] = batch.position_N
-        pages_BT = np.take_along_axis(batch.table_SP[batch.slot_B], position_BT // page_size, axis=1)
-        # Page 0 belongs to nobody: padding is written there.
-        write_BT = np.where(real_BT, pages_BT.astype(np.int64) * page_size + position_BT % page_size, 0)
-        used = -(-self.context // page_size)
-        start_BP = batch.table_SP[batch.slot_B, :used].astype(np.int64) * page_size
-        read_BL = (start_BP[:, :, None] + np.arange(page_size)).reshape(rows, -1)[:, : self.context]
-        self.position_BT, self.write_BT, self.read_BL = (
-            torch.from_numpy(x).to(device) for x in (position_BT, write_BT, np.ascontiguousarray(read_BL))
+        tokens_BT = np.zeros(real_BT.shape, dtype=np.int64)
+        position_BT = np.full(real_BT.shape, -1, dtype=np.int64)
+        tokens_BT[real_BT], position_BT[real_BT] = batch.tokens_N, batch.position_N
+        pages = int(batch.position_N.max()) // page_size + 1
+        table_BP = np.ascontiguousarray(batch.table_SP[batch.slot_B, :pages])
+        self.tokens_BT, self.position_BT, self.table_BP = (
+            _index(values, device) for values in (tokens_BT, position_BT, table_BP)
         )
 
-    def pad(self, values_N: np.ndarray) -> Tensor:
-        """Integers of the new tokens as (B, T)."""
-        padded_BT = np.zeros(self._shape, dtype=np.int64)
-        padded_BT[self._row_N, self._column_N] = values_N
-        return torch.from_numpy(padded_BT).to(self.device)
-
-    def pad_tensor(self, values_NH: Tensor) -> Tensor:
+    def pad(self, values_NH: Tensor) -> Tensor:
         """Values of the new tokens as (B, T, H)."""
-        if self.full:
-            return values_NH.view(*self._shape, -1)
-        padded_BTH = values_NH.new_zeros(*self._shape, values_NH.shape[-1])
-        padded_BTH[_index(self._row_N, self.device), _index(self._column_N, self.device)] = values_NH
+        if self._full:
+            return values_NH.view(*self.tokens_BT.shape, -1)
+        padded_BTH = values_NH.new_zeros(*self.tokens_BT.shape, values_NH.shape[-1])
+        padded_BTH[_index(self._row_N, self._device), _index(self._column_N, self._device)] = values_NH
         return padded_BTH
 
     def flat(self, values_BTH: Tensor) -> Tensor:
         """The new tokens' rows of (B, T, H), as (N, H)."""
-        if self.full:
+        if self._full:
             return values_BTH.flatten(0, 1)
-        return values_BTH[_index(self._row_N, self.device), _index(self._column_N, self.device)]
+        return values_BTH[_index(self._row_N, self._device), _index(self._column_N, self._device)]
 
-    def view(self, layer_PGC: Tensor, first_B: np.ndarray | None) -> CacheView:
-        """What attention is told of one layer's cache; positions before `first_B` are not looked at."""
-        seen_L = torch.arange(self.context, device=self.device)
-        unseen_BTL = seen_L > self.position_BT.unsqueeze(-1)
-        if first_B is not None:
-            unseen_BTL |= seen_L < _index(first_B, self.device)[:, None, None]
-            # A row of padding must see something, or its softmax is NaN.
-            unseen_BTL &= seen_L != self.position_BT.unsqueeze(-1)
-        bias_BTL = torch.zeros(unseen_BTL.shape, dtype=layer_PGC.dtype, device=self.device)
-        bias_BTL.masked_fill_(unseen_BTL, float("-inf"))
-        return CacheView(layer_PGC.view(-1, layer_PGC.shape[-1]), self.write_BT, self.read_BL, bias_BTL)
+
+def _views(layers_LPGC: Tensor, position_BT: Tensor, table_BP: Tensor, first_B1: Tensor | None) -> list[CacheView]:
+    """What attention is told of each layer's cache. Computed on the device: the indices of a long context are many."""
+    page_size, pages_BP = layers_LPGC.shape[2], table_BP.long()
+    inside_BT = position_BT.clamp_min(0)
+    place_BT = pages_BP.gather(1, inside_BT // page_size) * page_size + inside_BT % page_size
+    # Page 0 belongs to nobody: padding is written there.
+    write_BT = torch.where(position_BT < 0, 0, place_BT)
+    offset_G = torch.arange(page_size, device=position_BT.device)
+    read_BS = (pages_BP.unsqueeze(-1) * page_size + offset_G).flatten(1)
+    seen_S = torch.arange(read_BS.shape[1], device=position_BT.device)
+    unseen_BTS = seen_S > inside_BT.unsqueeze(-1)
+    if first_B1 is not None:
+        # Padding must see something too, or its softmax is NaN: itself.
+        unseen_BTS |= (seen_S < first_B1.unsqueeze(-1)) & (seen_S != inside_BT.unsqueeze(-1))
+    bias_BTS = torch.zeros(unseen_BTS.shape, dtype=layers_LPGC.dtype, device=position_BT.device)
+    bias_BTS.masked_fill_(unseen_BTS, float("-inf"))
+    return [CacheView(layer_PGC.flatten(0, 1), write_BT, read_BS, bias_BTS) for layer_PGC in layers_LPGC]
 
 
 def _index(values: np.ndarray, device: torch.device) -> Tensor:
