@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.filtering import enabled_filters
 from distill.filters import COMPARING
 from distill.jsonl import read_jsonl
-from distill.judging import filter_bases, plain
+from distill.judging import enabled_filters, filter_bases, plain
 from distill.lines import Lines
 from distill.recipe import Recipe
 from distill.visible import visible

@@ -13,7 +13,6 @@ the whole columns. Last pass: the ledger, whole or not at all.
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,16 +21,19 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from distill.contamination import write_contamination
 from distill.dataset import write_dataset
+from distill.digest_columns import DigestColumns
 from distill.errors import UserError
 from distill.files import sha256_json, write_atomic, write_json_atomic
 from distill.filter_examples import choose_examples, make_example
-from distill.filters import COMPARING, ORDER, filter_module
+from distill.filters import COMPARING, filter_module
 from distill.filters.comparing import Judgement, Rows
-from distill.jsonl import read_jsonl, write_jsonl_atomic
-from distill.judging import Item, Settings, Task, batches, digest, filter_bases, forget, judge, on_disk, plain
-from distill.lines import Lines, StoredProblems, StoredTrace, key
-from distill.recipe import Filters, Recipe
+from distill.funnel import count_funnel
+from distill.jsonl import read_jsonl
+from distill.judging import Item, Task, batches, digest, enabled_filters, filter_bases, forget, judge, on_disk, plain
+from distill.lines import Lines, StoredProblems, key
+from distill.recipe import Recipe
 from distill.records import FunnelRow, Problem, Trace
 from distill.selection import select
 from distill.traces import plan
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from distill.runfolder import RunFolder
 
 _FEW_BYTES = 1 << 23  # of traces for which starting other processes takes longer than the work
+_RELEASE = 1 << 16  # lines of the ledger after which memory is given back
 _PARTIAL = ".verdicts.{}.partial"
 
 
@@ -63,7 +66,7 @@ def run(recipe: Recipe, run: "RunFolder", *, workers: int | None = None) -> dict
             stage.judge_together(pool, progress)
     finally:
         forget()
-    funnel = stage.funnel()
+    funnel = count_funnel(stage.passed, stage.problem, stage.tokens[:, 1])
     stage.write_ledger()
     write_json_atomic(run.path("funnel.json"), funnel)
     stage.write_contamination()
@@ -79,17 +82,23 @@ def run(recipe: Recipe, run: "RunFolder", *, workers: int | None = None) -> dict
     }
 
 
-def enabled_filters(filters: Filters) -> dict[str, Settings]:
-    """The filters that the recipe switches on, with their settings, in the order of the funnel."""
-    settings = {"truncation": None} | {name: getattr(filters, name) for name in ORDER if name != "truncation"}
-    return {name: settings[name] for name in ORDER if name == "truncation" or settings[name] is not None}
-
-
 @dataclass
 class _Reused:
     """Verdicts of a comparing filter that are still in an earlier ledger."""
 
     passed: "np.ndarray"
+
+
+class StoredTrace:
+    """A trace to choose and to write: read from its line when a field is asked for that is no column."""
+
+    __slots__ = ("_row", "_stage")
+
+    def __init__(self, stage: "_Stage", row: int) -> None:
+        self._stage, self._row = stage, row
+
+    def __getitem__(self, name: str) -> Any:
+        return self._stage.field(self._row, name)
 
 
 class _Stage:
@@ -122,6 +131,7 @@ class _Stage:
         self.judgements: dict[str, Judgement | _Reused] = {}
         self.keys: dict[str, str] = {}
         self.judged: Counter[str] = Counter()
+        self.digests = DigestColumns(run.folder, count)
         partial = sorted(run.folder.glob(_PARTIAL.format("*")), key=lambda path: -int(path.suffixes[-2][1:]))
         paths = [*partial, run.path("verdicts.jsonl")]
         self.ledgers = [Lines(path, ("trace_id",)) for path in paths if path.is_file()]
@@ -151,7 +161,7 @@ class _Stage:
         import numpy as np
 
         task = self.task(() if self.ledgers else self.together)
-        self.digests = {name: self._column(name) for name in task.digests}
+        self._add_digests(task)
         row = position = 0
         with open(self.partial, "wb") as file:
             for batch in pool.map(judge, task, batches(self.items())):
@@ -166,8 +176,7 @@ class _Stage:
                 for bit, name in enumerate(self.single):
                     self.passed[name][rows] = (batch.passed >> np.uint32(bit)) & np.uint32(1)
                 self.tokens[rows], self.sample[rows], self.identity[rows] = batch.tokens, batch.sample, batch.identity
-                for name, digests in batch.digests.items():
-                    self.digests[name][rows] = digests
+                self.digests.fill(row, batch.digests.items())
                 for name in self.together:
                     self.earlier_keys[name][rows] = batch.earlier[name]
                     self.earlier_passed[name][rows] = batch.earlier_passed[name]
@@ -190,11 +199,12 @@ class _Stage:
                 self.judgements[name] = _Reused(self.passed[name])
             else:
                 self._digest_missing(pool, self.together[place:])
-                rows = Rows(self.problem, self.sample, self.tokens[:, 0], self._digests(name), order, self._name, alive)
+                rows = Rows(self.problem, self.sample, self.tokens[:, 0], self.digests[name], order, self._name, alive)
                 judgement = filter_module(name).compare(rows, self.enabled[name])
                 self.passed[name], self.judgements[name] = judgement.passed, judgement
                 self.judged[name] += len(order)
             alive = alive & self.passed[name]
+            self.digests.release()
             progress.advance(len(order), filter=name)
         self.accepted = alive
 
@@ -211,27 +221,14 @@ class _Stage:
         task = self.task([name for name in names if name not in self.digests])
         if not task.digests:
             return
-        for name in task.digests:
-            self.digests[name] = self._column(name)
+        self._add_digests(task)
         row = 0
         for found in pool.map(digest, task, batches(self.items())):
-            size = len(next(iter(found.values())))
-            for name, digests in found.items():
-                self.digests[name][row : row + size] = digests
-            row += size
+            self.digests.fill(row, found.items())
+            row += len(next(iter(found.values())))
 
-    def _digests(self, name: str) -> "np.ndarray":
-        import numpy as np
-
-        return self.digests[name] if name in self.digests else np.zeros((len(self.chosen), 0), dtype=np.uint8)
-
-    def _column(self, name: str) -> "np.ndarray":
-        """Room for a filter's digests, in an unnamed file: the system may write it out when memory is short."""
-        import numpy as np
-
-        shape = (len(self.chosen), filter_module(name).WIDTH)
-        with tempfile.TemporaryFile(dir=self.run.folder) as file:
-            return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+    def _add_digests(self, task: Task) -> None:
+        self.digests.add({name: filter_module(name).WIDTH for name in task.digests})
 
     def _name(self, row: int) -> str:
         return self.traces.value(int(self.chosen[row]), "id")
@@ -240,32 +237,21 @@ class _Stage:
         import numpy as np
 
         for row in np.flatnonzero(self.accepted).tolist():
-            problem_id = self.problems.identity(int(self.problem[row]))
-            reasoning, total = self.tokens[row].tolist()
-            known = (problem_id, int(self.sample[row]), reasoning, total - reasoning)
-            yield cast(Trace, StoredTrace(self.traces, int(self.chosen[row]), known))
+            yield cast(Trace, StoredTrace(self, row))
 
-    def funnel(self) -> list[FunnelRow]:
-        """What each filter left: a trace is out if it passed this one and all before. Measurements are no filter."""
-        import numpy as np
-
-        def counts(left: "np.ndarray") -> tuple[int, int, int]:
-            return int(left.sum()), len(np.unique(self.problem[left])), int(self.tokens[left, 1].sum())
-
-        found: list[FunnelRow] = []
-        left = np.ones(len(self.chosen), dtype=bool)
-        for name in self.enabled:
-            if name == "reflection":
-                continue
-            before, left = counts(left), left & self.passed[name]
-            after = counts(left)
-            found.append(
-                {
-                    "filter": name, "in": before[0], "out": after[0], "problems_in": before[1],
-                    "problems_out": after[1], "tokens_in": before[2], "tokens_out": after[2],
-                }
-            )  # fmt: skip
-        return found
+    def field(self, row: int, name: str) -> Any:
+        """A field of a trace: those it is chosen by from the columns, the others from its line."""
+        if name == "problem_id":
+            return self.problems.lines.value(int(self.problem[row]), "id")
+        if name == "sample":
+            return int(self.sample[row])
+        if name == "reasoning_tokens":
+            return int(self.tokens[row, 0])
+        if name == "answer_tokens":
+            return int(self.tokens[row, 1] - self.tokens[row, 0])
+        if name == "id":
+            return self._name(row)
+        return self.traces.parsed(int(self.chosen[row]))[name]
 
     def write_ledger(self) -> None:
         """verdicts.jsonl, each line the partial one with the comparing filters' verdicts, and a few examples."""
@@ -285,6 +271,8 @@ class _Stage:
                     assert line.endswith(b"}}\n")
                     said = b"".join(b", " + self._comparing(name, row) for name in self.together)
                     line = line[:-3] + said + b"}" + ends[bool(self.accepted[row])]
+                    if not row % _RELEASE:
+                        self.digests.release()
                     for name, verdict in wanted.get(row, ()):
                         trace = json.loads(self.traces.read(int(self.chosen[row])))
                         problem = self.problems.at(int(self.problem[row]))
@@ -307,30 +295,12 @@ class _Stage:
         return _fragment(name, json.dumps(on_disk(verdict, self.keys[name]), ensure_ascii=False))
 
     def write_contamination(self) -> None:
-        """contamination.jsonl with every hit, and the proof for the card in the manifest."""
         import numpy as np
 
-        from distill.filters import decontamination
-
-        path = self.run.path("contamination.jsonl")
         settings = self.enabled.get("decontamination")
-        if settings is None:
-            path.unlink(missing_ok=True)
-            if "decontamination" in self.run.manifest.data:
-                self.run.manifest.update(decontamination=None)
-            return
-        hit = np.unique(self.problem[~self.passed["decontamination"]]).tolist()
-        found: Counter[str] = Counter()
-
-        def rows() -> Iterator[dict[str, Any]]:
-            for row in decontamination.hits((self.problems.at(line) for line in hit), settings):
-                found[row["how"]] += 1
-                yield row
-
-        write_jsonl_atomic(path, rows())
-        compared = len(np.unique(self.problem))
-        proof = {"sets": decontamination.proof(settings), "settings": plain(settings), "problems": compared}
-        self.run.manifest.update(decontamination={**proof, "hits": dict(sorted(found.items())), "dropped": len(hit)})
+        dropped = ~self.passed["decontamination"] if settings is not None else np.zeros(len(self.chosen), dtype=bool)
+        hit = np.unique(self.problem[dropped]).tolist()
+        write_contamination(self.run, settings, self.problems, hit, len(np.unique(self.problem)))
 
 
 def _fragment(name: str, verdict: str) -> bytes:

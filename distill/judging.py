@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from distill.files import sha256_json
-from distill.filters import COMPARING, filter_module
+from distill.filters import COMPARING, ORDER, filter_module
 from distill.jsonl import encode_row
 from distill.lines import Span
+from distill.recipe import Filters
 from distill.records import FilterVerdict, Problem, Trace, Verdict
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ class Batch:
     earlier: "dict[str, np.ndarray]"  # of comparing filters: the key that the earlier verdict rests on, or 0
     earlier_passed: "dict[str, np.ndarray]"  # bool
     judged: dict[str, int] = field(default_factory=dict)  # how many verdicts are new, by filter
+
+
+def enabled_filters(filters: Filters) -> dict[str, Settings]:
+    """The filters that the recipe switches on, with their settings, in the order of the funnel."""
+    settings = {"truncation": None} | {name: getattr(filters, name) for name in ORDER if name != "truncation"}
+    return {name: settings[name] for name in ORDER if name == "truncation" or settings[name] is not None}
 
 
 def filter_bases(enabled: Mapping[str, Settings]) -> dict[str, str]:

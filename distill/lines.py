@@ -57,6 +57,7 @@ class Lines:
         self.offsets, self.lengths = np.array(offsets, dtype=np.int64), np.array(lengths, dtype=np.int64)
         self.keys = {field: np.array(column, dtype=np.int64) for field, column in zip(fields, keys, strict=True)}
         self._sorted: dict[str, np.ndarray] = {}
+        self._last: tuple[int, dict[str, Any]] = (-1, {})
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __len__(self) -> int:
@@ -99,8 +100,15 @@ class Lines:
         begin, length = self.span(line)
         return os.pread(self._handle, length, begin)
 
-    def close(self) -> None:
-        os.close(self._handle)
+    def parsed(self, line: int) -> dict[str, Any]:
+        """The row; the last one asked for is kept, since its fields are asked for one by one."""
+        if self._last[0] != line:
+            self._last = (line, json.loads(self.read(line)))
+        return self._last[1]
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
 
 
 def key(value: str) -> int:
@@ -126,9 +134,6 @@ class StoredProblems(Mapping[str, Problem]):
     def at(self, line: int) -> Problem:
         return self._parsed(line)
 
-    def identity(self, line: int) -> str:
-        return self._parsed(line)["id"]
-
     def _parse(self, line: int) -> Problem:
         return cast(Problem, json.loads(self.lines.read(line)))
 
@@ -137,25 +142,3 @@ class StoredProblems(Mapping[str, Problem]):
 
     def __len__(self) -> int:
         return len(self.lines)
-
-
-class StoredTrace:
-    """A trace to choose from: its identity and lengths at hand, everything else read from its line when asked."""
-
-    __slots__ = ("_known", "_line", "_lines")
-
-    def __init__(self, lines: Lines, line: int, known: tuple[Any, ...]) -> None:
-        self._lines, self._line, self._known = lines, line, known
-
-    def __getitem__(self, name: str) -> Any:
-        if name in _KNOWN:
-            return self._known[_KNOWN[name]]
-        return _last_parsed(self._lines, self._line)[name]
-
-
-_KNOWN = {"problem_id": 0, "sample": 1, "reasoning_tokens": 2, "answer_tokens": 3}
-
-
-@lru_cache(maxsize=1)
-def _last_parsed(lines: Lines, line: int) -> dict[str, Any]:
-    return cast(dict[str, Any], json.loads(lines.read(line)))
