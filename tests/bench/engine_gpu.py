@@ -3,8 +3,8 @@
     python -m tests.bench.engine_gpu --json engine_gpu.json [--quick]
 
 Two models: tiny-r1, and a model of DeepSeek-V2-Lite's shape (15.7B parameters, 2.7B activated; random weights, with
-the output layer scaled up so that its distributions are as peaked as a trained model's). Prompts of 128 tokens, 128 new
-tokens each, temperature 0.6, top-p 0.95. What is told is new tokens a second of the whole call, prefill included,
+the output layer scaled up so that its distributions are as peaked as a trained model's). tiny-r1 gets problems that it
+knows and stops when it is done, the other 128 random tokens and writes 128; temperature 0.6, top-p 0.95. What is told is new tokens a second of the whole call, prefill included,
 the best of the rounds after one that is not counted.
 """
 
@@ -56,7 +56,7 @@ def requests(count: int, vocabulary: int, length: int, prompts: list[list[int]] 
     return [
         Request(
             str(number), prompts[number] if prompts else [rng.randrange(vocabulary) for _ in range(PROMPT)],
-            max_tokens=length, seed=number, stop_ids=[],
+            max_tokens=length, seed=number, stop_ids=None if prompts else [],
         )
         for number in range(count)
     ]  # fmt: skip

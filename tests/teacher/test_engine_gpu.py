@@ -12,6 +12,7 @@ from tests.teacher.random_configs import randomize
 from tests.tiny import deepseek_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+SETTINGS = [{}, {"cache_tokens": 240, "page_size": 8}, {"speculate": 3, "speculate_rows": 12}]
 
 
 def fresh(dtype, device):
@@ -39,7 +40,7 @@ def tokens(model, **settings):
     return {completion.id: completion.token_ids for completion in engine.generate(requests())}
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_tokens": 240, "page_size": 8}, {"speculate": 3, "speculate_rows": 12}])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_float32_gives_the_cpus_tokens(settings):
     expected = tokens(fresh(torch.float32, "cpu"), native=False)
     found = tokens(fresh(torch.float32, "cuda"), **settings)
@@ -47,7 +48,7 @@ def test_float32_gives_the_cpus_tokens(settings):
     assert sum(found[name] == expected[name] for name in expected) >= len(expected) - 3
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_tokens": 240, "page_size": 8}, {"speculate": 3, "speculate_rows": 12}])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_graphs_change_next_to_nothing(settings):
     """bf16 rounds differently in another batch shape, so a few sequences may part ways; most must not."""
     model = fresh(torch.bfloat16, "cuda")
