@@ -1,10 +1,10 @@
-"""The filter stage on real R1 traces, near-duplicates of up to a million problems, and what else one could use for both.
+"""The filter stage on real R1 traces, near-duplicates of up to a million problems, and what one could use instead.
 
     OMP_NUM_THREADS=1 python -m tests.bench.filters [stage] [grading] [problems] [--traces 20000] [--problems 100000]
 
 `stage`: every filter but code and judge, on 2 processes, from a run folder to ledger and dataset; a trace longer than
-those at hand is made of several (`--chars`). `grading`: our correctness filter and open-r1's way (math-verify a trace in
-datasets.map, its default settings), the same traces. `problems`: near-duplicates among problems, ours, datasketch's
+those at hand is made of several (`--chars`). `grading`: our correctness filter and open-r1's way (math-verify a trace
+in datasets.map, its default settings), the same traces. `problems`: near-duplicates among problems, ours, datasketch's
 MinHashLSH and rensa's deduplicator, each in a process of its own for its memory.
 
 Real traces (DISTILL_DATA, default ../shared/data) are repeated with their paragraphs in another order, so that no two
@@ -137,8 +137,9 @@ def stage(count: int, chars: int, only: list[str]) -> None:
             with RunFolder.open(path, chosen) as run, Clock() as clock:
                 facts = filtering.run(chosen, run, workers=2)
             mean = size / count / 1000
-            print(f"stage, {count} traces of {mean:.1f} kB, {len(filters) + 1} filters, {title}: "
-                  f"{clock.says(count, 'traces')}; {facts['judged']} verdicts, {facts['accepted']} accepted", flush=True)  # fmt: skip
+            what = f"{count} traces of {mean:.1f} kB, {len(filters) + 1} filters, {title}"
+            done = f"{facts['judged']} verdicts, {facts['accepted']} accepted"
+            print(f"stage, {what}: {clock.says(count, 'traces')}; {done}", flush=True)
         print(f"stage: {peaks()}")
         print(
             "\n".join(
@@ -172,13 +173,13 @@ def grading(count: int) -> None:
     correctness.check(traces[:8], problems, CorrectnessFilter())  # workers start
     with Clock() as ours:
         passed = sum(v.passed for v in correctness.check(traces, problems, CorrectnessFilter()))
-    print(f"grading, ours: {ours.says(count, 'traces')}; {passed} correct", flush=True)
+    print(f"grading, ours: {count / ours.wall:,.0f} traces/s of wall time; {passed} correct", flush=True)
     data = datasets.Dataset.from_dict(
         {"r": [t["response"] for t in traces], "a": [problems[t["id"]]["answer"] for t in traces]}
     )
     with Clock() as theirs:
         done = data.map(_math_verify, num_proc=2, load_from_cache_file=False)
-    print(f"grading, math-verify in datasets.map: {theirs.says(count, 'traces')}; {sum(done['ok'])} correct")
+    print(f"grading, math-verify in map: {count / theirs.wall:,.0f} traces/s of wall time; {sum(done['ok'])} correct")
     print(f"grading: {theirs.wall / ours.wall:.1f} times as fast by wall time")
 
 
