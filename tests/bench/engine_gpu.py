@@ -4,8 +4,8 @@
 
 Two models: tiny-r1, and a model of DeepSeek-V2-Lite's shape (15.7B parameters, 2.7B activated; random weights, with
 the output layer scaled up so that its distributions are as peaked as a trained model's). tiny-r1 gets problems that it
-knows and stops when it is done, the other 128 random tokens and writes 128; temperature 0.6, top-p 0.95. What is told is new tokens a second of the whole call, prefill included,
-the best of the rounds after one that is not counted.
+knows and stops when it is done, the other one 128 random tokens, and writes 128; temperature 0.6, top-p 0.95. What is
+told is new tokens a second of the whole call, prefill included, the best of the rounds after one that is not counted.
 """
 
 from __future__ import annotations
