@@ -254,6 +254,20 @@ def test_explain(quiet):
         list(explain(quiet[1], quiet[0], ""))
 
 
+def test_the_command_explains_and_judges_nothing(quiet):
+    from typer.testing import CliRunner
+
+    from distill.cli import app
+    from distill.recipe_load import dump_recipe
+
+    (quiet[0] / "recipe.yaml").write_text(dump_recipe(quiet[1]))
+    before = (quiet[0] / "verdicts.jsonl").stat().st_mtime_ns
+    identity = ledger(quiet[0])[0]["trace_id"]
+    found = CliRunner().invoke(app, ["filter", str(quiet[0]), "--explain", identity])
+    assert found.exit_code == 0 and found.stdout.startswith(f"trace {identity}, sample 0 of problem ")
+    assert (quiet[0] / "verdicts.jsonl").stat().st_mtime_ns == before
+
+
 def test_lines_by_number_and_by_id(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"id": f"a{n}", "problem_id": 'p é"' if n == 3 else f"p{n % 2}", "x": "y" * n} for n in range(6)]
