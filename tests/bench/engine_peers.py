@@ -7,8 +7,10 @@ for that side. Wall time runs from the first start to the last end.
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 Job = dict[str, Any]
 Settings = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
+START_LIMIT, RUN_LIMIT = 240.0, 300.0
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Timing:
 class Contestant:
     """Child processes that work on the same job, each on its share. Use as a context manager."""
 
-    def __init__(self, settings: Settings, python: str, start_limit: float = 240.0) -> None:
+    def __init__(self, settings: Settings, python: str) -> None:
         self.settings = settings
         self.name = describe(settings)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the children
@@ -57,9 +60,10 @@ class Contestant:
         for child in self.children:
             self._send(child, settings)
         for child in self.children:
-            self._receive(child)
+            self._receive(child, START_LIMIT)
 
-    def run(self, job: Job) -> Timing:
+    def run(self, job: Job, limit: float = RUN_LIMIT) -> Timing:
+        """Raises RuntimeError with what the process last said if it ends, or is not done after `limit` seconds."""
         count = len(self.children)
         parts = [list(range(n, len(job["prompts"]), count)) for n in range(count)]
         before = machine_busy()
@@ -69,7 +73,7 @@ class Contestant:
         for child, part in zip(self.children, parts, strict=True):
             own = {"prompts": [job["prompts"][i] for i in part], "lengths": [job["lengths"][i] for i in part]}
             self._send(child, job | own)
-        answers = [self._receive(child) for child in self.children]
+        answers = [self._receive(child, limit) for child in self.children]
         seconds = time.monotonic() - since
         cpu = sum(answer["cpu"] for answer in answers)
         outputs: list[list[int]] = [[] for _ in job["prompts"]]
@@ -85,13 +89,18 @@ class Contestant:
         child.stdin.write(json.dumps(message) + "\n")
         child.stdin.flush()
 
-    def _receive(self, child: "subprocess.Popen[str]") -> Job:
+    def _receive(self, child: "subprocess.Popen[str]", limit: float) -> Job:
         assert child.stdout is not None
+        alarm = threading.Timer(limit, child.kill)
+        alarm.start()
         line = child.stdout.readline()
+        alarm.cancel()
         if not line:
             self.log.seek(0)
             tail = "".join(self.log.readlines()[-12:])
-            raise RuntimeError(f"{self.name} ended with code {child.wait()}:\n{tail}")
+            code = child.wait()
+            reason = f"was not done after {limit:.0f} s" if code == -signal.SIGKILL else f"ended with code {code}"
+            raise RuntimeError(f"{tail}{self.name} {reason}")
         return json.loads(line)
 
     def __enter__(self) -> "Contestant":
@@ -144,7 +153,10 @@ def changes(side: str, vllm: str, quick: bool) -> list[Settings]:
 
 
 class Search:
-    """The fastest settings of a side. Each trial runs once to warm up, then twice, and the faster one counts."""
+    """The fastest settings of a side. Each trial runs once to warm up, then twice, and the faster one counts.
+
+    One that takes four times as long as the best so far, and 10 s more, is given up.
+    """
 
     def __init__(self, side: str, base: Settings, python: str, job: Job, quick: bool) -> None:
         self.python, self.job = python, job
@@ -153,6 +165,8 @@ class Search:
         self.best: dict[int, tuple[float, Settings]] = {}
         for settings in starts(side, base):
             self.offer(settings)
+        if not self.best:
+            raise RuntimeError(f"no settings of {side} ran; the last said:\n{self.trials[-1]['error']}")
         for change in changes(side, python, quick):
             self.offer(max(self.best.values(), key=lambda found: found[0])[1] | change)
         whole = max(self.best.values(), key=lambda found: found[0])[1]
@@ -164,11 +178,13 @@ class Search:
     def offer(self, settings: Settings) -> None:
         try:
             with Contestant(settings, self.python) as contestant:
-                contestant.run(self.job | {"lengths": [min(length, 8) for length in self.job["lengths"]]})
-                runs = [contestant.run(self.job) for _ in range(2)]
-        except RuntimeError as error:  # settings that a side cannot run are a finding, not the end of the search
+                contestant.run(self.job | {"lengths": [min(length, 8) for length in self.job["lengths"]]}, 60.0)
+                top = max((rate for rate, _ in self.best.values()), default=0.0)
+                limit = 4 * sum(self.job["lengths"]) / top + 10 if top else RUN_LIMIT
+                runs = [contestant.run(self.job, limit) for _ in range(2)]
+        except RuntimeError as error:  # settings that a side cannot run, or hardly, are a finding and not the end
             self.trials.append({"settings": settings, "error": str(error)})
-            say(f"      failed           {describe(settings)}: {str(error).splitlines()[-1]}")
+            say(f"        given up  {str(error).splitlines()[-1]}")
             return
         timing = max(runs, key=lambda run: run.rate)
         self.trials.append({"settings": settings, "tokens_per_second": timing.rate, "others": timing.others})
