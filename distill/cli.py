@@ -40,8 +40,10 @@ def run_recipe(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: Ru
     from distill.pipeline import run_all
     from distill.summary import print_summary
 
-    folder = run_all(*_recipe_and_folder(recipe, overrides, runs_dir))
-    print_summary(folder)
+    loaded, folder = _recipe_and_folder(recipe, overrides, runs_dir)
+    run_all(loaded, folder)
+    if loaded.students:
+        print_summary(folder)
 
 
 @app.command()
@@ -59,12 +61,14 @@ def filter_traces(
         str | None, typer.Option(metavar="TRACE_ID", help="Only tell why this trace was accepted or rejected.")
     ] = None,
 ) -> None:
-    """Judge the traces, write the dataset."""
+    """Judge the traces, the recipe's or a teacher's, and write the dataset."""
+    loaded, folder = _recipe_and_folder(recipe, overrides, runs_dir)
     if explain is None:
-        return _stages(["filter"], recipe, overrides, runs_dir)
+        from distill.pipeline import run_stages
+
+        return run_stages(["problems", "traces", "filter"] if loaded.traces else ["filter"], loaded, folder)
     from distill.explain import explain as explained
 
-    loaded, folder = _recipe_and_folder(recipe, overrides, runs_dir)
     _must_exist(folder)
     for line in explained(loaded, folder, explain):
         typer.echo(line)

@@ -17,7 +17,7 @@ from rich.console import Console
 from distill.errors import UserError
 from distill.files import sha256_json, sha256_tree
 from distill.progress import clock
-from distill.recipe import ProblemSource, Recipe
+from distill.recipe import ForeignTraces, ProblemSource, Recipe
 from distill.runfolder import RunFolder
 from distill.shipped import SHIPPED_MODELS, resolve_model
 
@@ -35,15 +35,18 @@ class Stage:
 
 
 def _problem_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
-    sources = [recipe.problems, recipe.evals.problems]
+    asked: list[ProblemSource | ForeignTraces] = [*recipe.traces] if recipe.traces else [recipe.problems]
+    sources = [*asked, recipe.evals.problems]
     return [[source.model_dump(), _source_hash(source)] if source else None for source in sources]
 
 
-def _source_hash(source: ProblemSource) -> str | None:
+def _source_hash(source: ProblemSource | ForeignTraces) -> str | None:
     return None if source.source == "reasoning-gym" else sha256_tree(Path(source.source))
 
 
 def _trace_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
+    if recipe.traces:
+        return [run.manifest.data.get("imported")]
     # The batch size decides how fast, not what, the teacher writes.
     teacher = recipe.teacher.model_dump(exclude={"batch_size"})
     return [
@@ -58,10 +61,16 @@ def _trace_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
 def _filter_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
     # traces.jsonl may hold traces of earlier settings too: which of them count follows from sampling and teacher.
     wanted = [recipe.seed, recipe.sampling.model_dump(), run.manifest.data.get("teacher")]
-    settings = [recipe.filters.model_dump(), recipe.selection.model_dump()]
+    settings: list[Any] = [recipe.filters.model_dump(), recipe.selection.model_dump()]
+    settings += [_source_of_rates(recipe)] if recipe.selection.difficulty else []
     if recipe.filters.decontamination is not None:
         settings += [{"set": _source_hash(source)} for source in recipe.filters.decontamination.against]
     return [wanted, settings, _hash(run, "problems.jsonl"), _hash(run, "traces/traces.jsonl")]
+
+
+def _source_of_rates(recipe: Recipe) -> str | None:
+    rates = recipe.selection.difficulty and recipe.selection.difficulty.student
+    return sha256_tree(Path(rates)) if rates else None
 
 
 def _train_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
@@ -107,7 +116,8 @@ def _students_hash(run: RunFolder) -> list[list[str | None]]:
 
 
 def _problem_outputs(recipe: Recipe) -> list[str]:
-    return ["problems.jsonl"] + (["eval_problems.jsonl"] if recipe.evals.problems else [])
+    imported = ["traces/traces.jsonl"] if recipe.traces else []
+    return ["problems.jsonl", *imported] + (["eval_problems.jsonl"] if recipe.evals.problems else [])
 
 
 def _train_outputs(recipe: Recipe) -> list[str]:
@@ -134,8 +144,9 @@ STAGES = (
 
 
 def run_all(recipe: Recipe, folder: Path) -> Path:
-    """Every stage in order. Returns the run's folder."""
-    run_stages([stage.name for stage in STAGES], recipe, folder)
+    """Every stage in order, without students up to the dataset. Returns the run's folder."""
+    names = [stage.name for stage in STAGES]
+    run_stages(names if recipe.students else names[: names.index("train")], recipe, folder)
     return folder
 
 
@@ -146,6 +157,10 @@ def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: boo
     Raises UserError if an earlier stage is unfinished or was made from another recipe, or the folder is in use.
     """
     console = Console(stderr=True, highlight=False)
+    if not recipe.students and {"train", "eval"} & set(names):
+        raise UserError("students: the recipe names none to train or to evaluate")
+    if not recipe.evals.tasks and "eval" in names:
+        raise UserError("evals.tasks: the recipe names nothing to evaluate on")
     if "train" in names:
         _check_bases(recipe)
     order = [stage.name for stage in STAGES]

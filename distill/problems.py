@@ -30,8 +30,13 @@ Counts = dict[str, int]
 def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
     """Write problems.jsonl and, if the recipe evaluates on its own problems, eval_problems.jsonl.
 
-    The manifest gets, under 'problems', the counts and set hashes that prove the separation.
+    The manifest gets, under 'problems', the counts and set hashes that prove the separation. Where the recipe names
+    traces, the problems are theirs, and both are imported.
     """
+    if recipe.traces:
+        from distill.foreign.importing import run as run_import
+
+        return run_import(recipe, run)
     evaluation: list[Problem] = []
     if recipe.evals.problems is not None:
         evaluation, _ = build_problems(recipe.evals.problems, "evals.problems", "heldout")

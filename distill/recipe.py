@@ -2,22 +2,21 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+from distill.recipe_base import Kind as Kind
+from distill.recipe_base import Name as Name
+from distill.recipe_base import Section as Section
+from distill.recipe_data import ForeignTraces as ForeignTraces
+from distill.recipe_data import Selection as Selection
+
 Baseline = Literal["base", "answers_only"]
-Kind = Literal["math", "code", "choice", "exact", "open"]
 # Codes for languages in Latin script, names of scripts for the others: what distill.filters.language tells apart.
 Language = Literal[
     "en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi", "ro", "cs", "fi",
     "Chinese", "Japanese", "Korean", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Thai",
 ]  # fmt: skip
 R1_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
-
-class Section(BaseModel):
-    # Strict: a recipe is written by hand, and "3" where a number belongs is more often a slip than a wish.
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ProblemSource(Section):
@@ -55,7 +54,9 @@ class ProblemSource(Section):
 
 
 class Teacher(Section):
-    kind: Literal["embedded"] = Field("embedded", description="'embedded': our own engine, in this process.")
+    kind: Literal["embedded", "recorded"] = Field(
+        "embedded", description="'embedded': our own engine, in this process; 'recorded': whoever wrote `traces`."
+    )
     model: str = Field(min_length=1, description="A shipped model's name or a checkpoint folder.")
     batch_size: int = Field(256, ge=1, le=65536, description="Samples decoded at once.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Numeric type of weights and activations.")
@@ -181,12 +182,6 @@ class Filters(Section):
     near_duplicates: NearDuplicateTraces | None = Field(None, description="Of traces nearly the same, keep one.")
 
 
-class Selection(Section):
-    per_problem: int = Field(1, ge=1, description="Accepted traces kept a problem.")
-    choose: Literal["shortest", "random"] = Field("shortest", description="Which accepted traces are kept.")
-    validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of problems set aside to watch the loss.")
-
-
 class Lora(Section):
     r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
     alpha: float = Field(32.0, gt=0, description="Scale; the update is multiplied by alpha / r.")
@@ -225,9 +220,7 @@ class Student(Section):
 
 class Evals(Section):
     problems: ProblemSource | None = Field(None, description="Problems of the task 'distill_problems'.")
-    tasks: list[str] = Field(
-        default_factory=lambda: ["distill_problems"], min_length=1, description="lm-eval tasks to run."
-    )
+    tasks: list[str] = Field(default_factory=lambda: ["distill_problems"], description="lm-eval tasks to run.")
     samples: int = Field(4, ge=1, le=10000, description="Samples a problem; the score is mean@k.")
     temperature: float = Field(0.6, ge=0, le=2, description="0 is greedy; R1's published setting is 0.6.")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus size; R1's published setting is 0.95.")
@@ -248,17 +241,71 @@ class Report(Section):
     answers_shown: int = Field(60, ge=0, le=100000, description="Evaluation problems with answers side by side.")
 
 
+# What R1's authors dropped, and what no student should learn: the filters of a recipe that names traces and none.
+_R1_FILTERS: dict[str, dict[str, Any]] = {
+    "format": {}, "correctness": {"without_reference": "pass"}, "repetition": {}, "language": {}, "readability": {},
+    "reflection": {}, "duplicates": {},
+}  # fmt: skip
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
 class Recipe(Section):
     name: Name = Field(description="Name of the run; its folder is runs/NAME.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of sampling, selection and training.")
     problems: ProblemSource = Field(description="Problems the teacher solves.")
     teacher: Teacher = Field(description="Who writes the traces.")
     sampling: Sampling = Field(description="How the teacher is sampled.")
+    traces: Annotated[list[ForeignTraces], BeforeValidator(_as_list)] = Field(
+        default_factory=list, description="Traces that others made, instead of problems, teacher and sampling."
+    )
     filters: Filters = Field(default_factory=Filters, description="Which traces are accepted.")
     selection: Selection = Field(default_factory=Selection, description="Which accepted traces are trained on.")
-    students: list[Student] = Field(min_length=1, description="Students to fine-tune, each with its baselines.")
+    students: list[Student] = Field(description="Students to fine-tune, each with its baselines.")
     evals: Evals = Field(description="What the students and baselines are measured on.")
     report: Report = Field(default_factory=Report, description="What the page shows.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_for_imported_traces(cls, tree: Any) -> Any:
+        """Traces that exist need no teacher: the sections about making them are filled in with what is true of them."""
+        if not isinstance(tree, dict) or not tree.get("traces"):
+            return tree
+        tree = dict(tree)
+        first = tree["traces"] if isinstance(tree["traces"], dict) else next(iter(tree["traces"]), None)
+        if isinstance(first, dict) and isinstance(first.get("source"), str):
+            tree.setdefault("problems", {"source": first["source"]})
+        if "teacher" not in tree:
+            tree["teacher"] = {"kind": "recorded", "model": "recorded"}
+            if isinstance(tree.get("evals"), dict):
+                tree["evals"] = {"teacher": False} | tree["evals"]
+        tree.setdefault("sampling", {"samples": 1, "instruction": ""})
+        tree.setdefault("filters", {name: dict(settings) for name, settings in _R1_FILTERS.items()})
+        tree.setdefault("students", [])
+        tree.setdefault("evals", {"tasks": [], "teacher": False})
+        return tree
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Recipe":
+        recorded = self.teacher.kind == "recorded"
+        if not self.traces:
+            if not self.students:
+                raise ValueError("students: should have at least 1 item, found a list")
+            if not self.evals.tasks:
+                raise ValueError("evals.tasks: should have at least 1 item, found a list")
+            if recorded:
+                raise ValueError("teacher.kind: 'recorded' is for recipes with `traces`")
+        if recorded and self.evals.teacher:
+            raise ValueError(
+                "evals.teacher: whoever wrote the traces cannot be evaluated; name a `teacher` or set false"
+            )
+        rated = self.selection.difficulty
+        bounds = (rated.min_pass_rate, rated.max_pass_rate) if rated else (0.0, 1.0)
+        if bounds != (0.0, 1.0) and self.filters.correctness is None and self.filters.agreement is None:
+            raise ValueError("selection.difficulty: pass rates come from `filters.correctness` or `filters.agreement`")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Recipe":

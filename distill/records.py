@@ -45,6 +45,7 @@ class Trace(TypedDict):
     teacher: str  # "<name>@<12 hex>", the hash of the weights, configuration and tokenizer
     sampling: dict[str, Any]
     text: str  # the generated text as it came, after the prompt
+    meta: NotRequired[dict[str, Any]]  # of an imported trace: its place in the source, and what that said of it
 
 
 class Verdict(NamedTuple):
