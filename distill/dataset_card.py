@@ -43,6 +43,7 @@ text as the rendered prompt plus the raw assistant text plus the end token, not 
 | selection | {selection} |
 | licence of the problems | {problem_licence} |
 | licence of the teacher | {teacher_licence} |
+{provenance}
 
 ## What was left out
 
@@ -58,23 +59,39 @@ Every rejected trace and the reason are in the run's `verdicts.jsonl`.
 
 ## Files
 
+`datasets.load_dataset` reads this folder; TRL takes the rows as conversations; LLaMA-Factory finds them with
+`llamafactory/` as its `dataset_dir`; for axolotl: `path: train.jsonl, ds_type: json, type: chat_template,
+field_messages: messages`. Each of these renders the assistant turn with the chat template: use one that keeps what
+stands before `</think>`.
+
 | file | rows | sha256 |
 |---|---|---|
 {files}
 """
 
 
-def write_card(run: "RunFolder", recipe: Recipe, rows: Mapping[str, int], funnel: Sequence[FunnelRow]) -> None:
-    """`rows` names the data files that exist, with their numbers of rows."""
+def write_card(
+    run: "RunFolder",
+    recipe: Recipe,
+    rows: Mapping[str, int],
+    funnel: Sequence[FunnelRow],
+    narrowed: Mapping[str, Any] | None = None,
+) -> None:
+    """`rows` names the data files that exist, with their rows; `narrowed` is what distill.mixture counted."""
     import yaml
 
     folder = run.path("dataset")
     manifest = run.manifest.data
     asked = manifest.get("teacher", {})  # absent where the traces are somebody else's
-    teacher = asked.get("id", recipe.teacher.model)
-    licences = _problem_licence(recipe), asked.get("licence") or "not stated in its model card"
+    imported = manifest.get("imported") if recipe.traces else None
+    teacher = _writers(imported) if imported else asked.get("id", recipe.teacher.model)
+    licences = (
+        (_import_licence(imported), "that of the traces' source")
+        if imported
+        else (_problem_licence(recipe), asked.get("licence") or "not stated in its model card")
+    )
     header: dict[str, Any] = {
-        "license": "apache-2.0" if all(licence.lower() == "apache-2.0" for licence in licences) else "other",
+        "license": _licence_tag(imported, licences),
         "pretty_name": f"{recipe.name}: reasoning traces of {teacher}",
         "tags": ["reasoning", "distillation", "synthetic"],
         "task_categories": ["text-generation"],
@@ -94,10 +111,14 @@ def write_card(run: "RunFolder", recipe: Recipe, rows: Mapping[str, int], funnel
         name=recipe.name,
         teacher=teacher,
         source=_source(recipe, manifest),
-        sampling=f"{settings.samples} a problem, temperature {settings.temperature}, top-p {settings.top_p}, "
+        sampling="by those who made the traces; their publications say how"
+        if imported
+        else f"{settings.samples} a problem, temperature {settings.temperature}, top-p {settings.top_p}, "
         f"at most {settings.max_tokens} tokens, seed {recipe.seed}",
-        selection=f"{recipe.selection.choose}, {recipe.selection.per_problem} a problem; "
+        selection=f"{recipe.selection.choose}, {recipe.selection.per_problem} a problem"
+        f"{_difficulty(recipe, narrowed or {})}; "
         f"{recipe.selection.validation_fraction:.0%} of the problems for validation",
+        provenance=_provenance(imported) + _mixture(narrowed or {}),
         problem_licence=licences[0],
         teacher_licence=licences[1],
         funnel="\n".join(
@@ -108,6 +129,74 @@ def write_card(run: "RunFolder", recipe: Recipe, rows: Mapping[str, int], funnel
     )
     front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
     write_atomic(folder / "README.md", f"---\n{front}---\n{body}".encode())
+
+
+def _writers(imported: Sequence[Mapping[str, Any]]) -> str:
+    names = dict.fromkeys(name for source in imported for name in source["teachers"])
+    return ", ".join(list(names)[:8]) + (" and others" if len(names) > 8 else "")
+
+
+def _licence_tag(imported: Sequence[Mapping[str, Any]] | None, licences: Sequence[str]) -> str:
+    """The hub's tag: a licence only if it is that of everything in here."""
+    stated = {str(s["licence"] or "").lower() for s in imported} if imported else {name.lower() for name in licences}
+    mixed = any(source["licence_field"] for source in imported or ())
+    return stated.pop() if len(stated) == 1 and not mixed and stated <= {"apache-2.0", "mit", "cc-by-4.0"} else "other"
+
+
+def _import_licence(imported: Sequence[Mapping[str, Any]]) -> str:
+    found = dict.fromkeys(str(source["licence"] or "not stated") for source in imported)
+    rows = "; some rows have their own" if any(source["licence_field"] for source in imported) else ""
+    return ", ".join(found) + rows
+
+
+def _provenance(imported: Sequence[Mapping[str, Any]] | None) -> str:
+    """What was imported, from where, and what of it could not be used."""
+    if not imported:
+        return ""
+    lines = [
+        f"| {s['name']} | {s['source']} ({s['layout']}) | {', '.join(list(s['teachers'])[:4])} | "
+        f"{s['licence'] or 'not stated'} | {s['rows']:,} | {s['traces']:,} | {s['skipped']:,} | {s['repeats']:,} | "
+        f"{'`' + s['sha256'] + '`' if s['sha256'] else 'not a local file'} |"
+        for s in imported
+    ]
+    estimated = (
+        " Token counts are estimates from the length." if any(s["tokens"] == "estimated" for s in imported) else ""
+    )
+    held = sum(s["evaluation"] for s in imported)
+    return (
+        "\nThe traces were made by others and imported; `source` of a row names the line here that it came from."
+        f"{estimated}{f' {held:,} traces of evaluation problems were left out.' if held else ''}\n\n"
+        "| name | source (layout) | written by | licence | rows | traces | not mapped | repeats | sha256 |\n"
+        "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _difficulty(recipe: Recipe, narrowed: Mapping[str, Any]) -> str:
+    settings = recipe.selection.difficulty
+    if settings is None:
+        return ""
+    student = (
+        f", the student's between {settings.student_min_pass_rate:g} and {settings.student_max_pass_rate:g}"
+        if settings.student
+        else ""
+    )
+    return (
+        f"; problems with a pass rate of the teacher between {settings.min_pass_rate:g} and "
+        f"{settings.max_pass_rate:g}{student} ({narrowed.get('outside_difficulty', 0):,} problems were outside)"
+    )
+
+
+def _mixture(narrowed: Mapping[str, Any]) -> str:
+    if "mixture" not in narrowed:
+        return ""
+    lines = [
+        f"| {', '.join(part['sources'])} | {part['problems']:,} | {part['traces']:,} | {part['tokens']:,} |"
+        for part in narrowed["mixture"]
+    ]
+    return (
+        f"\nMixed by source ({narrowed['in_no_part']:,} problems are in no part):\n\n"
+        "| sources | problems | traces | tokens |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
+    )
 
 
 def _prefix(config: str) -> str:
@@ -123,6 +212,8 @@ def _source(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     problems = recipe.problems
     count = manifest.get("problems", {}).get("train", {}).get("count")
     asked = f"{count:,} from " if count is not None else ""
+    if recipe.traces:
+        return asked + ", ".join(source["name"] for source in manifest.get("imported", ()))
     if problems.source == "reasoning-gym":
         return f"{asked}reasoning-gym (seed {problems.seed}): {', '.join(problems.families)}"
     return f"{asked}{problems.source.rstrip('/').rsplit('/', 1)[-1]}"
