@@ -55,13 +55,14 @@ def main() -> None:
             say(f"cache, {name}: {row['measured']:.0f} bytes a token measured, {row['formula']} by the formula")
     if "memory" in options.parts:
         found["memory"] = alone("memory", base | {"requests": 1000 if options.quick else 10000})
-        say(f"memory: {found['memory']['growth_after_first_tenth_mib']:+.1f} MiB after the first tenth")
+        grown = found["memory"]
+        say(f"memory: {grown['growth_mib']:+.1f} MiB after the first tenth, {grown['late_growth_mib']:+.1f} at the end")
     if "concurrency" in options.parts:
         found["concurrency"] = {}
         loads = [1, 8, 64] if options.quick else [2**n for n in range(9)]
         for threads in (1, 2):
             own = {"concurrency": loads, "least": 8 if options.quick else 24, "threads": threads}
-            name = f"{'one thread' if threads == 1 else 'two threads'}"
+            name = "one thread" if threads == 1 else "two threads"
             say(f"concurrency, {name}")
             found["concurrency"][name] = alone("concurrency", base | own)
         if options.svg:

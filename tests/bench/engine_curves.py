@@ -39,7 +39,7 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> str:
         parts.append(f'<text x="{LEFT}" y="{top - 8}" font-weight="600">{name}</text>')
         parts.append(f'<rect x="{LEFT}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#cbd5e1"/>')
         for value, base in ((high, top + 10), (low, top + HEIGHT)):
-            parts.append(f'<text x="{LEFT - 6}" y="{base}" text-anchor="end">{value:,.3g}</text>')
+            parts.append(f'<text x="{LEFT - 6}" y="{base}" text-anchor="end">{plain(value)}</text>')
         for colour, points in zip(COLOURS, runs.values(), strict=False):
             places = [at(point["concurrency"], point[key]) for point in points]
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -59,6 +59,10 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> str:
     size = f'width="{LEFT + WIDTH + 20}" height="{bottom - 10}"'
     style = "font: 12px system-ui, sans-serif; background: white"
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="{style}">{"".join(parts)}</svg>\n'
+
+
+def plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
