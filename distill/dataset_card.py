@@ -190,12 +190,13 @@ def _mixture(narrowed: Mapping[str, Any]) -> str:
     if "mixture" not in narrowed:
         return ""
     lines = [
-        f"| {', '.join(part['sources'])} | {part['problems']:,} | {part['traces']:,} | {part['tokens']:,} |"
+        f"| {', '.join(part['sources'])} | {', '.join(part['kinds']) or 'all'} "
+        f"| {part['problems']:,} | {part['traces']:,} | {part['tokens']:,} |"
         for part in narrowed["mixture"]
     ]
     return (
-        f"\nMixed by source ({narrowed['in_no_part']:,} problems are in no part):\n\n"
-        "| sources | problems | traces | tokens |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
+        f"\nMixed ({narrowed['in_no_part']:,} problems are in no part):\n\n"
+        "| sources | kinds | problems | traces | tokens |\n|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -46,7 +46,7 @@ def mix(
         if allowed is not None and not allowed(problem_id):
             too_easy_or_hard += 1
         else:
-            number = _part_of(problems[problem_id]["source"], parts) if settings.mixture else 0
+            number = _part_of(problems[problem_id], parts) if settings.mixture else 0
             elsewhere += number < 0
         part.append(number)
         rank.append(int(hashlib.sha256(f"{seed}/mixture/{problem_id}".encode()).hexdigest()[:16], 16))
@@ -63,6 +63,7 @@ def mix(
         facts["mixture"] = [
             {
                 "sources": wanted.sources,
+                "kinds": wanted.kinds,
                 "problems": int(keep[columns[0] == number].sum()),
                 "traces": int(columns[2][keep & (columns[0] == number)].sum()),
                 "tokens": int(columns[3][keep & (columns[0] == number)].sum()),
@@ -79,9 +80,12 @@ def mix(
     return [trace for trace, keeps in zip(selected, kept.tolist(), strict=True) if keeps], facts
 
 
-def _part_of(source: str, parts: Sequence[MixturePart]) -> int:
-    """The first part with this source: 'am' stands for 'am/OpenHermes' too, and patterns for what they match."""
+def _part_of(problem: Problem, parts: Sequence[MixturePart]) -> int:
+    """The first part with this kind and source: 'am' stands for 'am/OpenHermes' too, patterns for what they match."""
+    source = problem["source"]
     for number, part in enumerate(parts):
+        if part.kinds and problem["kind"] not in part.kinds:
+            continue
         for wanted in part.sources:
             if source == wanted or source.startswith(wanted + "/") or fnmatchcase(source, wanted):
                 return number
@@ -100,7 +104,9 @@ def _within_budgets(
     own = [rows[np.argsort(rank[rows], kind="stable")] for rows in own]
     for number, (rows, wanted) in enumerate(zip(own, parts, strict=True)):
         if wanted.weight is not None and not len(rows):
-            raise UserError(f"selection.mixture.{number}: no accepted trace is from {', '.join(wanted.sources)}")
+            raise UserError(
+                f"selection.mixture.{number}: no accepted trace is of {', '.join([*wanted.sources, *wanted.kinds])}"
+            )
         own[number] = _first(_first(rows, count, wanted.traces), tokens, wanted.tokens)
     unit = tokens if settings.mixture_by == "tokens" else count
     if all(wanted.weight is not None for wanted in parts):

@@ -87,8 +87,11 @@ class Difficulty(Section):
 
 class MixturePart(Section):
     sources: list[str] = Field(
-        min_length=1, description="Sources as in the dataset's rows ('*' stands for any text), or what is before a '/'."
+        default_factory=lambda: ["*"],
+        min_length=1,
+        description="Sources as in the dataset's rows ('*' stands for any text), or what is before a '/'.",
     )
+    kinds: list[Kind] = Field(default_factory=list, description="Only problems of these kinds; empty for all.")
     weight: float | None = Field(None, gt=0, description="Share in proportion to the other parts' weights.")
     traces: int | None = Field(None, ge=1, description="Most traces of this part.")
     tokens: int | None = Field(None, ge=1, description="Most tokens of this part.")
@@ -101,7 +104,7 @@ class Selection(Section):
     )
     difficulty: Difficulty | None = Field(None, description="Bounds on problems' pass rates; null for none.")
     mixture: list[MixturePart] = Field(
-        default_factory=list, description="Parts by source; sources in no part are left out. Empty takes all."
+        default_factory=list, description="Parts; what is in none of them is left out. Empty takes all."
     )
     mixture_by: Literal["traces", "tokens"] = Field("traces", description="What the weights are shares of.")
     max_tokens: int | None = Field(None, ge=1, description="Most tokens of the whole dataset; null for no bound.")

@@ -54,7 +54,6 @@ LAYOUTS = (
         },
         kinds={"math": "math", "code": "code"},
         teacher="DeepSeek-R1",
-        licence="apache-2.0",
     ),
     Layout(
         "am",
@@ -107,7 +106,6 @@ LAYOUTS = (
         ("conversations", "system"),
         {"messages": "conversations"},
         teacher="DeepSeek-R1",
-        licence="apache-2.0",
         instruction=_BOXED,
         system=False,
     ),
@@ -116,7 +114,6 @@ LAYOUTS = (
         ("conversations", "system"),
         {"messages": "conversations"},
         teacher="DeepSeek-R1",
-        licence="apache-2.0",
         instruction=_BOXED,
         system=False,
     ),
