@@ -2,6 +2,7 @@
 # make test        the same environment with the test tools; the whole suite
 # make check       ruff and mypy
 # make demo-short  the demo's recipe with fewer problems, samples and steps, for CI
+# make vllm        vLLM's CPU build in an environment of its own, .vllm (3.5 GB): a peer in tests/bench
 # Each is quick the second time. PYTHON=python3.12 picks another interpreter, CONSTRAINTS= lifts the exact pins.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: demo demo-short test check clean
+.PHONY: demo demo-short test check vllm clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/distill run configs/quickstart.yaml
@@ -41,5 +42,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --quiet -e '.[test]'
 	@touch $@
 
+vllm:
+	tests/bench/vllm_env.sh .vllm $(PYTHON)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
