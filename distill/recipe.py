@@ -241,11 +241,10 @@ class Report(Section):
     answers_shown: int = Field(60, ge=0, le=100000, description="Evaluation problems with answers side by side.")
 
 
-# What R1's authors dropped, and what no student should learn: the filters of a recipe that names traces and none.
-_R1_FILTERS: dict[str, dict[str, Any]] = {
-    "format": {}, "correctness": {"without_reference": "pass"}, "repetition": {}, "language": {}, "readability": {},
-    "reflection": {}, "duplicates": {},
-}  # fmt: skip
+def default_filters() -> dict[str, dict[str, Any]]:
+    """The filters of a recipe that names traces and no filters: what R1's authors dropped, and what loops or leaks."""
+    named: dict[str, dict[str, Any]] = {"format": {}, "correctness": {"without_reference": "pass"}}
+    return named | {name: {} for name in ("repetition", "language", "readability", "reflection", "duplicates")}
 
 
 def _as_list(value: Any) -> Any:
@@ -282,7 +281,7 @@ class Recipe(Section):
             if isinstance(tree.get("evals"), dict):
                 tree["evals"] = {"teacher": False} | tree["evals"]
         tree.setdefault("sampling", {"samples": 1, "instruction": ""})
-        tree.setdefault("filters", {name: dict(settings) for name, settings in _R1_FILTERS.items()})
+        tree.setdefault("filters", default_filters())
         tree.setdefault("students", [])
         tree.setdefault("evals", {"tasks": [], "teacher": False})
         return tree

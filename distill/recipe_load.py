@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from distill.errors import UserError
 from distill.files import sha256_json
-from distill.recipe import Recipe
+from distill.recipe import Recipe, default_filters
 from distill.shipped import resolve_config, shipped_recipes
 
 
@@ -22,7 +22,11 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises UserError naming the file and the field.
     """
     path = find_recipe(path_or_name)
-    tree = read_tree(path, overrides, "the recipe's keys")
+    tree = read_tree(path, (), "the recipe's keys")
+    if tree.get("traces"):
+        tree.setdefault("filters", default_filters())  # before the overrides: one of a filter must not drop the others
+    for override in overrides:
+        apply_override(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

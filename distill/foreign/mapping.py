@@ -239,7 +239,12 @@ def _trace(
         reasoning_tokens = count(parts.reasoning)
     answer_tokens = count(parts.response) if tokens is None else max(0, tokens - reasoning_tokens)
     end = _of_this(row, fields.get("finish_reason"), number, of)
-    said = {path: value for path in row if (value := _of_this(row, path, number, of, alone=False)) is not None}
+    others = row.keys() - _used(how.layout)
+    said = {
+        path: value
+        for path in row
+        if path in others and (value := _of_this(row, path, number, of, alone=False)) is not None
+    }
     if (verdict := _of_this(row, fields.get("correct"), number, of)) is not None:
         said["correct"] = verdict
     return {
