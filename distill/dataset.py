@@ -96,8 +96,11 @@ def _rows(
 def _answers(
     selected: Sequence[Trace], problems: Mapping[str, Problem], held: set[str], split: str
 ) -> Iterator[DatasetRow]:
+    """One a problem with an answer that can be boxed: the tests of a code problem are none."""
     for identity, traces in groupby(selected, key=lambda trace: trace["problem_id"]):
-        if (identity in held) == (split == "validation") and problems[identity]["answer"] is not None:
+        if (identity in held) != (split == "validation"):
+            continue
+        if problems[identity]["answer"] is not None and problems[identity]["kind"] != "code":
             yield answer_row(problems[identity], next(traces))
 
 

@@ -274,8 +274,8 @@ class Recipe(Section):
             return tree
         tree = dict(tree)
         first = tree["traces"] if isinstance(tree["traces"], dict) else next(iter(tree["traces"]), None)
-        if isinstance(first, dict) and isinstance(first.get("source"), str):
-            tree.setdefault("problems", {"source": first["source"]})
+        source = first.get("source") if isinstance(first, dict) else None
+        tree.setdefault("problems", {"source": source if isinstance(source, str) and source else "traces"})
         if "teacher" not in tree:
             tree["teacher"] = {"kind": "recorded", "model": "recorded"}
             if isinstance(tree.get("evals"), dict):
