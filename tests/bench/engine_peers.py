@@ -155,7 +155,8 @@ def changes(side: str, vllm: str, quick: bool) -> list[Settings]:
 class Search:
     """The fastest settings of a side. Each trial runs once to warm up, then twice, and the faster one counts.
 
-    One that takes four times as long as the best so far, and 10 s more, is given up.
+    One with less than two thirds of the best rate so far has no second run, and one that takes four times as long, and
+    10 s more, is given up. Batches are halved as long as that loses no more than a fifth.
     """
 
     def __init__(self, side: str, base: Settings, python: str, job: Job, quick: bool) -> None:
@@ -168,7 +169,13 @@ class Search:
         if not self.best:
             raise RuntimeError(f"no settings of {side} ran; the last said:\n{self.trials[-1]['error']}")
         for change in changes(side, python, quick):
-            self.offer(max(self.best.values(), key=lambda found: found[0])[1] | change)
+            top, settings = max(self.best.values(), key=lambda found: found[0])
+            if (
+                "batch" not in change
+                or change["batch"] == 128
+                or self.trials[-1].get("tokens_per_second", 0) > 0.8 * top
+            ):
+                self.offer(settings | change)
         whole = max(self.best.values(), key=lambda found: found[0])[1]
         for processes, (_, settings) in list(self.best.items()):
             learned = {key: whole.get(key) for key in ("experts", "cache", "batch", "mode", "preload") if key in whole}
@@ -181,7 +188,9 @@ class Search:
                 contestant.run(self.job | {"lengths": [min(length, 8) for length in self.job["lengths"]]}, 60.0)
                 top = max((rate for rate, _ in self.best.values()), default=0.0)
                 limit = 4 * sum(self.job["lengths"]) / top + 10 if top else RUN_LIMIT
-                runs = [contestant.run(self.job, limit) for _ in range(2)]
+                runs = [contestant.run(self.job, limit)]
+                if runs[0].rate > top * 2 / 3:
+                    runs.append(contestant.run(self.job, limit))
         except RuntimeError as error:  # settings that a side cannot run, or hardly, are a finding and not the end
             self.trials.append({"settings": settings, "error": str(error)})
             say(f"        given up  {str(error).splitlines()[-1]}")
