@@ -98,8 +98,11 @@ def _message(turn: Any, path: str) -> Message:
     if not isinstance(turn, Mapping):
         raise Unmapped(path, f"is {_found(turn)}, expected a message")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise Unmapped(path, f"has the role {role!r}, expected one of {', '.join(_ROLES)}")
+    if isinstance(content, list):  # OpenAI's form of parts
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        content = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else content
     if not isinstance(content, str):
         raise Unmapped(path, f"has {_found(content)} for content, expected text")
     thinking = turn.get("reasoning_content") or turn.get("reasoning")  # as servers with a reasoning parser return it

@@ -7,12 +7,18 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distill.cli import app
 from distill.errors import UserError
 from distill.foreign import importing
+from distill.foreign.layouts import named_layout
+from distill.foreign.mapping import Reading, Unmapped, samples
 from distill.foreign.replies import split
+from distill.jsonl import encode_row
+from distill.recipe import ForeignTraces
 from distill.recipe_load import load_recipe
 from distill.runfolder import RunFolder
 
@@ -118,6 +124,48 @@ def test_bespoke_stratos_is_openthoughts_layout(tmp_path):
     _, [problem], [trace], _ = imported(tmp_path / "run", recipe)
     assert problem["problem"] == ASKED and trace["response"] == ANSWER
     assert [turn["role"] for turn in trace["messages"]] == ["user"]  # its system prompt explains the marks we replace
+
+
+def test_messages_in_parts_and_with_the_reasoning_beside(tmp_path):
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 2?"}]},
+        {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT},
+    ]
+    source = write_rows(tmp_path / "data.jsonl", [{"messages": turns}])
+    _, [problem], [trace], _ = imported(tmp_path / "run", recipe_of(tmp_path, {"source": str(source)}))
+    assert (problem["problem"], trace["reasoning"], trace["response"]) == (ASKED, THOUGHT, ANSWER)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from([R1, "user", "\\boxed{"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "info", "x"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(ROWS)), st.data())
+def test_whatever_stands_in_a_field_is_mapped_or_named(layout, data):
+    row = ROWS[layout] | {data.draw(st.sampled_from(sorted(ROWS[layout]))): data.draw(JSON)}
+    reading = Reading(named_layout(layout, ForeignTraces(source="x")), "x", "cut", None)
+    try:
+        found = list(samples(reading, "x:1", row))
+    except Unmapped as wrong:
+        found = [wrong]
+    for sample in found:
+        if isinstance(sample, Unmapped):
+            assert sample.field and sample.reason
+        else:
+            json.loads(encode_row(sample.problem))
+            json.loads(encode_row(sample.trace))
+            assert sample.problem["problem"] and sample.trace["messages"][-1]["content"]
 
 
 def test_where_it_comes_from_is_kept(tmp_path):
@@ -306,7 +354,7 @@ def test_what_cannot_be_mapped_is_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "settings", "message"),
+    ("row", "wanted", "message"),
     [
         ({"a": 1}, {}, r"data\.jsonl:1: no known layout has the fields a; say in traces\.0\.fields which"),
         (ROWS["open-r1"], {"fields": {"answer": "anwser"}}, r"jsonl:1: the row has no field 'anwser' .*'answer'\?"),
@@ -320,10 +368,10 @@ def test_what_cannot_be_mapped_is_counted_and_named(tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_with_their_place(tmp_path, row, settings, message):
+def test_mistakes_are_told_with_their_place(tmp_path, row, wanted, message):
     source = write_rows(tmp_path / "data.jsonl", [row])
     with pytest.raises(UserError, match=message):
-        imported(tmp_path / "run", recipe_of(tmp_path, {"source": str(source), **settings}))
+        imported(tmp_path / "run", recipe_of(tmp_path, {"source": str(source), **wanted}))
 
 
 @pytest.mark.parametrize(
