@@ -15,6 +15,7 @@ from typing import Any
 from distill.recipe import Recipe
 from distill.report import sections, words
 from distill.report.curves import read_curves
+from distill.report.examples import read_examples
 from distill.report.readers import choose_answers, choose_traces
 
 Row = dict[str, Any]
@@ -84,6 +85,7 @@ def _context(recipe: Recipe, folder: Path, results: Row) -> Row:
         "families": sections.families(results),
         "endings": sections.endings(results),
         "funnel": sections.funnel(results),
+        "filters": read_examples(folder, results["funnel"]),
         "training": charts,
         "cost": sections.cost(results),
         "traces_note": words.traces_note(len(traces), counts),
@@ -103,6 +105,7 @@ def _context(recipe: Recipe, folder: Path, results: Row) -> Row:
 def _sections(context: Row) -> list[tuple[str, str]]:
     present = [("result", "Result", True), ("families", "Families", context["families"])]
     present += [("endings", "Endings", context["endings"]), ("funnel", "Funnel", context["funnel"])]
+    present.append(("filters", "Filters", context["filters"]))
     present += [("training", "Training", context["training"]), ("cost", "Time", context["cost"])]
     present += [("traces", "Traces", context["data"]["traces"]), ("answers", "Answers", context["data"]["answers"])]
     present.append(("provenance", "Provenance", True))

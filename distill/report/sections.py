@@ -118,11 +118,15 @@ def _trained_on(row: Row) -> str:
 
 
 def funnel(results: Row) -> Row | None:
-    """Rows and tokens left after each filter, with the filter's own drop."""
+    """Rows, problems and tokens left after each filter, with the filter's own drop.
+
+    `problems` is None for a run whose funnel was counted before problems were.
+    """
     steps = results["funnel"]
     if not steps:
         return None
-    start = {"rows": steps[0]["in"], "tokens": steps[0]["tokens_in"], "bar": Markup(charts.bar(1.0, 1.0))}
+    start = {"rows": steps[0]["in"], "problems": steps[0].get("problems_in"), "tokens": steps[0]["tokens_in"]}
+    start["bar"] = Markup(charts.bar(1.0, 1.0))
     rows = []
     for step in steps:
         dropped = step["in"] - step["out"]
@@ -138,8 +142,10 @@ def funnel(results: Row) -> Row | None:
         )
     left, tokens = steps[-1]["out"], steps[-1]["tokens_out"]
     share_left = words.percent(left / start["rows"]) if start["rows"] else "none"
+    problems = steps[-1].get("problems_out")
+    covered = "" if problems is None else f"for {words.count(problems)} of {words.count(start['problems'])} problems, "
     sentence = (
-        f"{words.count(left)} of {words.count(start['rows'])} traces ({share_left}) pass every filter, "
+        f"{words.count(left)} of {words.count(start['rows'])} traces ({share_left}) pass every filter, {covered}"
         f"with {words.count(tokens)} of {words.count(start['tokens'])} tokens."
     )
     return {"start": start, "rows": rows, "sentence": sentence}

@@ -11,6 +11,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from distill.filter_examples import EACH, make_example
+
 FAMILIES = ("chain_sum", "products", "gcd", "leg_counting", "letter_counting", "spell_backward")
 FILTERS = ("truncation", "format", "length", "repetition", "correctness", "duplicates")
 TEACHER = "tiny-r1@0123456789ab"
@@ -148,10 +150,23 @@ def _funnel(traces: list[dict[str, Any]], ledger: list[dict[str, Any]]) -> list[
     for name in FILTERS:
         kept = [line for line in left if line["verdicts"][name]["pass"]]
         counted = [sum(tokens[line["trace_id"]] for line in lines) for lines in (left, kept)]
+        asked = [len({line["problem_id"] for line in lines}) for lines in (left, kept)]
         row = {"filter": name, "in": len(left), "out": len(kept), "tokens_in": counted[0], "tokens_out": counted[1]}
+        row |= {"problems_in": asked[0], "problems_out": asked[1]}
         funnel.append(row)
         left = kept
     return funnel
+
+
+def _examples(problems: list[dict[str, Any]], traces: list[Any], ledger: list[dict[str, Any]]) -> dict[str, Any]:
+    asked: dict[str, Any] = {problem["id"]: problem for problem in problems}
+    found: dict[str, Any] = {name: {"rejected": [], "accepted": []} for name in FILTERS}
+    for trace, line in zip(traces, ledger, strict=True):
+        for name, groups in found.items():
+            group = groups["accepted" if line["accepted"] else "rejected"]
+            if len(group) < EACH and (line["accepted"] or not line["verdicts"][name]["pass"]):
+                group.append(make_example(line, name, trace, asked[trace["problem_id"]]))
+    return found
 
 
 def _training_log(rng: random.Random, start: float, end: float) -> list[dict[str, Any]]:
@@ -256,6 +271,8 @@ def make_run(
         kept = [line for line in ledger if line["accepted"] and line["sample"] == 0]
         _write(folder / "dataset" / "train.jsonl", [{"problem_id": line["problem_id"]} for line in kept])
         (folder / "funnel.json").write_text(json.dumps(_funnel(traces, ledger)), encoding="utf-8")
+        examples = json.dumps(_examples(problems, traces, ledger))
+        (folder / "filter_examples.json").write_text(examples, encoding="utf-8")
     for student in students:
         if "train" in stages:
             _write(folder / "students" / student / "training_log.jsonl", _training_log(rng, 2.6, 0.11))

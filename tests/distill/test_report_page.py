@@ -16,7 +16,7 @@ from distill.recipe_load import load_recipe
 from distill.report import page, readers
 from distill.runfolder import RunFolder
 from distill.visible import visible
-from tests.distill.fake_run import HOSTILE, make_run
+from tests.distill.fake_run import FILTERS, HOSTILE, make_run
 
 
 def make_report(folder: Path, *overrides: str) -> str:
@@ -59,8 +59,10 @@ def test_no_text_becomes_markup(hostile: str) -> None:
     assert not {"img", "iframe", "object", "link", "base", "b&amp;"} & {tag for tag, _ in parsed.tags}
     handlers = [name for _, attrs in parsed.tags for name in attrs if name.startswith("on") or name == "style"]
     assert handlers == []
-    # The one place that carries a model's texts outside the data is the table of families, by name.
+    # Outside the data a model's texts stand in the table of families, by name, and in the filters' examples.
     assert any("<b>&amp;" in text for text in parsed.text)
+    shown = [text for text in parsed.text if "window.pwned" in text and not text.startswith("{")]
+    assert any("<svg onload=window.pwned=3>" in text for text in shown)
 
 
 def test_embedded_json_is_inert_and_loses_nothing(hostile: str) -> None:
@@ -102,6 +104,50 @@ def test_report_command_on_half_a_run(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=Path(report.__file__).parents[2], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout and (folder / "report.html").is_file()
+
+
+def test_every_filter_shows_what_it_rejected_and_accepted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    examples = json.loads((folder / "filter_examples.json").read_text())
+    html = make_report(folder)
+    section = html.split('<section id="filters"')[1].split("</section>")[0]
+    text = "".join(Tags(section).text)
+    assert section.count("<details>") == len(FILTERS) and "<details open" not in section
+    assert section.count('class="example"') == sum(
+        len(groups["rejected"]) + min(3, len(groups["accepted"])) for groups in examples.values()
+    )
+    for groups in examples.values():
+        for example in groups["rejected"] + groups["accepted"][:3]:
+            assert example["trace_id"] in text and example["reason"] in text and example["excerpt"] in text
+    (folder / "filter_examples.json").unlink()
+    less = make_report(folder)
+    assert 'id="filters"' not in less and 0 < len(html) - len(less) < 100_000
+
+
+def test_examples_of_fifteen_filters_with_long_texts_stay_small(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    long = {"trace_id": "t", "problem_id": "p", "sample": 0} | dict.fromkeys(
+        ("reason", "problem", "excerpt"), "a word " * 9999
+    )
+    groups = {"rejected": [long] * 50, "accepted": [long] * 50}
+    bare = len(make_report(folder))
+    (folder / "filter_examples.json").write_text(json.dumps({f"filter{n}": groups for n in range(15)}))
+    assert len(make_report(folder)) - bare < 250_000
+
+
+def test_funnel_counts_problems_where_the_run_did(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    html = make_report(folder)
+    last = json.loads((folder / "funnel.json").read_text())[-1]
+    assert "problems left" in html and f"for {last['problems_out']} of {last['problems_in']} problems" not in html
+    assert f"for {last['problems_out']} of 60 problems, with " in html
+    rows = [
+        {k: v for k, v in row.items() if not k.startswith("problems")}
+        for row in json.loads((folder / "funnel.json").read_text())
+    ]
+    (folder / "funnel.json").write_text(json.dumps(rows))
+    older = make_report(folder)
+    assert 'id="funnel"' in older and "problems left" not in older
 
 
 def test_curve_of_a_training_under_way(tmp_path: Path) -> None:
