@@ -6,6 +6,7 @@ datasets.load_dataset("runs/NAME/dataset", "answers_only")    # the baseline: th
 llamafactory/dataset_info.json names the same files in LLaMA-Factory's way: its `dataset_dir`.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -96,11 +97,11 @@ def _rows(
 def _answers(
     selected: Sequence[Trace], problems: Mapping[str, Problem], held: set[str], split: str
 ) -> Iterator[DatasetRow]:
-    """One a problem with an answer that can be boxed: the tests of a code problem are none."""
+    """One a problem with an answer that can be boxed: tests of a code problem and patterns are none."""
     for identity, traces in groupby(selected, key=lambda trace: trace["problem_id"]):
         if (identity in held) != (split == "validation"):
             continue
-        if problems[identity]["answer"] is not None and problems[identity]["kind"] != "code":
+        if final_answer(problems[identity]) is not None:
             yield answer_row(problems[identity], next(traces))
 
 
@@ -131,9 +132,22 @@ def trace_row(trace: Trace, problem: Problem) -> DatasetRow:
     }
 
 
+def final_answer(problem: Problem) -> str | None:
+    """The reference as a reply would state it; None where the reference says how to judge instead."""
+    if problem["kind"] in ("code", "regex") or problem["answer"] is None:
+        return None
+    if problem["kind"] != "reasoning-gym":
+        return problem["answer"]
+    try:
+        answer = json.loads(problem["answer"])["answer"]
+        return None if answer is None else str(answer)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def answer_row(problem: Problem, trace: Trace) -> DatasetRow:
     """The same question answered at once, with an empty think block, so that both students use one form."""
-    reply = f"{OPEN}\n\n{CLOSE}\n\n\\boxed{{{problem['answer']}}}"
+    reply = f"{OPEN}\n\n{CLOSE}\n\n\\boxed{{{final_answer(problem)}}}"
     return {
         "messages": [*trace["messages"], {"role": "assistant", "content": reply}],
         "problem_id": problem["id"],

@@ -45,7 +45,9 @@ def explain(recipe: Recipe, folder: Path, identity: str) -> Iterator[str]:
         settings = plain(enabled[name])
         if settings:
             yield f"        settings {json.dumps(settings)}"
-        if name not in COMPARING and not verdict["key"].startswith(bases[name]):
+        if not verdict["key"]:
+            yield "        not settled; `distill filter` asks again"
+        elif name not in COMPARING and not verdict["key"].startswith(bases[name]):
             yield "        judged under other settings; `distill filter` judges it again"
         yield from (f"        {text}" for text in _beside(folder, line, name, verdict))
     for name in enabled:

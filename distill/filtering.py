@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 _FEW_BYTES = 1 << 23  # of traces for which starting other processes takes longer than the work
 _RELEASE = 1 << 16  # lines of the ledger after which memory is given back
 _PARTIAL = ".verdicts.{}.partial"
+_REPLIES = "judge"
 
 
 def run(recipe: Recipe, run: "RunFolder", *, workers: int | None = None) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def run(recipe: Recipe, run: "RunFolder", *, workers: int | None = None) -> dict
         "tokens": funnel[0]["tokens_in"],
         "accepted": int(stage.accepted.sum()),
         "judged": sum(stage.judged.values()),
+        "unanswered": stage.unanswered,
         **facts,
     }
 
@@ -131,6 +133,7 @@ class _Stage:
         self.judgements: dict[str, Judgement | _Reused] = {}
         self.keys: dict[str, str] = {}
         self.judged: Counter[str] = Counter()
+        self.unanswered = 0
         self.digests = DigestColumns(run.folder, count)
         partial = sorted(run.folder.glob(_PARTIAL.format("*")), key=lambda path: -int(path.suffixes[-2][1:]))
         paths = [*partial, run.path("verdicts.jsonl")]
@@ -147,7 +150,8 @@ class _Stage:
     def task(self, digests: Sequence[str]) -> Task:
         paths = tuple(ledger.path for ledger in self.ledgers)
         wanted = tuple(name for name in digests if filter_module(name).WIDTH)
-        return Task(self.traces.path, self.problems.lines.path, paths, self.enabled, self.bases, wanted)
+        files = (self.traces.path, self.problems.lines.path, paths)
+        return Task(*files, self.enabled, self.bases, wanted, self.run.path(_REPLIES))
 
     def items(self) -> Iterator[Item]:
         for row in range(len(self.chosen)):
@@ -181,6 +185,7 @@ class _Stage:
                     self.earlier_keys[name][rows] = batch.earlier[name]
                     self.earlier_passed[name][rows] = batch.earlier_passed[name]
                 self.judged.update(batch.judged)
+                self.unanswered += batch.unanswered
                 row = rows.stop
                 progress.advance(len(batch.lines) * len(self.single))
 

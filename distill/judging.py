@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from distill.files import sha256_json
-from distill.filters import COMPARING, ORDER, filter_module
+from distill.filters import ASKING, COMPARING, ORDER, PAID, filter_module
 from distill.jsonl import encode_row
 from distill.lines import Span
 from distill.recipe import Filters
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Settings = Any  # a section of recipe.Filters, or None for truncation, which has no settings
 BATCH_BYTES = 1 << 21  # of trace lines that are judged together
 BATCH_ROWS = 512
+# Where and how fast a judge answers decides no verdict.
+_UNDECISIVE = {"judge": {"base_url", "seconds", "at_once"}}
+NOT_ASKED = Verdict(True, "not asked: a filter before rejected it", settled=False)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Task:
     enabled: dict[str, Settings]
     bases: dict[str, str]  # of each filter, the part of its keys that does not depend on the trace
     digests: tuple[str, ...]  # comparing filters whose digests are wanted
+    replies: Path  # folder for what models said
 
 
 class Item(NamedTuple):
@@ -63,6 +67,7 @@ class Batch:
     earlier: "dict[str, np.ndarray]"  # of comparing filters: the key that the earlier verdict rests on, or 0
     earlier_passed: "dict[str, np.ndarray]"  # bool
     judged: dict[str, int] = field(default_factory=dict)  # how many verdicts are new, by filter
+    unanswered: int = 0  # verdicts that a model owes
 
 
 def enabled_filters(filters: Filters) -> dict[str, Settings]:
@@ -77,7 +82,8 @@ def filter_bases(enabled: Mapping[str, Settings]) -> dict[str, str]:
     for name, settings in enabled.items():
         module = filter_module(name)
         rest = module.rests_on(settings) if hasattr(module, "rests_on") else []
-        found[name] = sha256_json([name, module.VERSION, plain(settings), rest])[:8]
+        decisive = None if settings is None else settings.model_dump(mode="json", exclude=_UNDECISIVE)
+        found[name] = sha256_json([name, module.VERSION, decisive, rest])[:8]
     return found
 
 
@@ -104,6 +110,7 @@ def judge(task: Task, items: Sequence[Item]) -> Batch:
     verdicts: list[dict[str, FilterVerdict]] = [{} for _ in items]
     passed = np.zeros(len(items), dtype=np.uint32)
     judged: dict[str, int] = {}
+    unanswered = 0
     single = [name for name in task.enabled if name not in COMPARING]
     together = [name for name in task.enabled if name in COMPARING]
     for bit, name in enumerate(single):
@@ -114,9 +121,16 @@ def judge(task: Task, items: Sequence[Item]) -> Batch:
                 verdicts[row][name] = known[name]
             else:
                 todo.append(row)
-        found = filter_module(name).check([traces[row] for row in todo], problems, task.enabled[name]) if todo else []
+        if name in PAID:
+            for row in [row for row in todo if int(passed[row]) != (1 << bit) - 1]:
+                verdicts[row][name] = on_disk(NOT_ASKED, "")
+                todo.remove(row)
+        more = (task.replies,) if name in ASKING else ()
+        asked = [traces[row] for row in todo]
+        found = filter_module(name).check(asked, problems, task.enabled[name], *more) if todo else []
         for row, verdict in zip(todo, found, strict=True):
-            verdicts[row][name] = on_disk(verdict, keys[row])
+            verdicts[row][name] = on_disk(verdict, keys[row] if verdict.settled else "")
+            unanswered += not verdict.settled
         judged[name] = len(todo)
         passed |= np.array([said[name]["pass"] for said in verdicts], dtype=np.uint32) << np.uint32(bit)
     return Batch(
@@ -139,6 +153,7 @@ def judge(task: Task, items: Sequence[Item]) -> Batch:
             for name in together
         },
         judged=judged,
+        unanswered=unanswered,
     )
 
 

@@ -212,7 +212,8 @@ def stage_inputs(stage: Stage, recipe: Recipe, run: RunFolder) -> str:
 
 
 def is_done(stage: Stage, inputs: str, recipe: Recipe, run: RunFolder) -> bool:
-    return run.stage_done(stage.name, inputs) and _has_outputs(stage, recipe, run)
+    owed = run.manifest.stage(stage.name).get("unanswered")  # verdicts that a judge did not give yet
+    return run.stage_done(stage.name, inputs) and not owed and _has_outputs(stage, recipe, run)
 
 
 def _has_outputs(stage: Stage, recipe: Recipe, run: RunFolder) -> bool:

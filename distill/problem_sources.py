@@ -8,6 +8,7 @@ the one its user has read.
 """
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ from typing import Any
 from distill.errors import UserError
 from distill.identity import problem_hash
 from distill.jsonl import read_jsonl
-from distill.recipe import ProblemSource
+from distill.recipe import Kind, ProblemSource
 from distill.records import Problem
 
 Row = dict[str, Any]
 _FILE_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".parquet")
+_JSON_KINDS = ("code", "choice", "reasoning-gym")  # whose references may be more than text
 _META_TEXT = 2000  # longest text of another field that is kept in `meta`: subjects and links, not whole solutions
 
 
@@ -102,7 +104,7 @@ def _problem(source: ProblemSource, field: str, name: str, place: str, row: Row)
     text = _text(row, source.problem, place, f"{field}.problem")
     if not text or not text.strip():
         raise UserError(f"{place}: the field '{source.problem}' ({field}.problem) is empty, expected a problem")
-    answer = _text(row, source.answer, place, f"{field}.answer") if source.answer else None
+    answer = _text(row, source.answer, place, f"{field}.answer", source.kind) if source.answer else None
     used = {source.problem, source.answer}
     meta = {k: v for k, v in row.items() if k not in used and _is_small(v)} | {"family": name}
     if source.id:
@@ -110,23 +112,33 @@ def _problem(source: ProblemSource, field: str, name: str, place: str, row: Row)
     return {
         "id": problem_hash(text)[:16],
         "problem": text.strip(),
-        "answer": _final_answer(answer),
+        "answer": _entry(source, row, text, answer) if source.kind == "reasoning-gym" else _final(answer, source.kind),
         "kind": source.kind,
         "source": Path(source.source).name if Path(source.source).exists() else source.source,
         "meta": meta,
     }
 
 
-def _final_answer(answer: str | None) -> str | None:
+def _final(answer: str | None, kind: Kind) -> str | None:
     """The reference itself: GSM8K's worked solutions end in '#### 1,234'. Blank means none."""
-    if answer is not None and "####" in answer:
+    if answer is not None and kind in ("math", "exact") and "####" in answer:
         answer = answer.rsplit("####", 1)[1].replace(",", "")
     return (answer or "").strip() or None
 
 
-def _text(row: Row, name: str, place: str, field: str) -> str | None:
-    """The field as text; numbers are written out, null stays None."""
+def _entry(source: ProblemSource, row: Row, text: str, answer: str | None) -> str | None:
+    """What reasoning-gym's scorers want, from its own rows too (question, answer, metadata)."""
+    metadata = row.get("metadata")
+    if answer is None or not isinstance(metadata, dict) or "source_dataset" not in metadata:
+        return answer
+    return json.dumps({"question": text, "answer": answer, "metadata": metadata}, default=str)
+
+
+def _text(row: Row, name: str, place: str, field: str, kind: Kind = "math") -> str | None:
+    """The field as text; numbers are written out, tests too, null stays None."""
     value = _lookup(row, name, place, field)
+    if kind in _JSON_KINDS and isinstance(value, dict | list):
+        return json.dumps(value, default=str)
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -68,7 +68,8 @@ def build_problems(
     dropped: Counts = {"overlap": 0, "repeats": 0}
     if source.source == "reasoning-gym":
         split = cast(Literal["train", "heldout"], source.split or default_split)
-        stream = reasoning_gym_problems(source.families, source.seed, split)
+        own = source.kind == "reasoning-gym"
+        stream = reasoning_gym_problems(source.families, source.seed, split, own_scorers=own)
         return list(islice(_distinct(stream, exclude, dropped), source.count)), dropped
     problems = list(_distinct(source_problems(source, field), exclude, dropped))
     if not problems:

@@ -110,20 +110,32 @@ def _family_problems(
 
 
 def reasoning_gym_problems(
-    families: Mapping[str, Mapping[str, Any] | None], seed: int, split: Split | None, *, unique: bool = True
+    families: Mapping[str, Mapping[str, Any] | None],
+    seed: int,
+    split: Split | None,
+    *,
+    unique: bool = True,
+    own_scorers: bool = False,
 ) -> Iterator[Problem]:
     """An endless stream of problems, the families taking turns.
 
     The same arguments give the same stream, on any machine. With `split` 'train' no problem is held out
     (distill.identity.held_out), with 'heldout' every one is, with None both kinds appear. `unique` yields
     each problem once and raises UserError when a family has no more; without it problems recur as the
-    generator draws them, which is what a training corpus longer than a small family needs.
+    generator draws them, which is what a training corpus longer than a small family needs. With `own_scorers` all are
+    of the kind 'reasoning-gym': its own scorers grade them, which know problems with several right answers.
 
     Raises UserError, before the first problem, for an unknown family or setting.
     """
     check_families({family: config or {} for family, config in families.items()})
     streams = [_family_problems(family, config or {}, seed, split, unique) for family, config in families.items()]
-    return _round_robin(streams)
+    return map(_scored, _round_robin(streams)) if own_scorers else _round_robin(streams)
+
+
+def _scored(problem: Problem) -> Problem:
+    answer = None if problem["answer"] == "None" else problem["answer"]  # a few families have none, only a scorer
+    entry = {"question": problem["problem"], "answer": answer, "metadata": problem["meta"]["metadata"]}
+    return {**problem, "kind": "reasoning-gym", "answer": json.dumps(entry)}
 
 
 def _round_robin(streams: list[Iterator[Problem]]) -> Iterator[Problem]:

@@ -8,49 +8,30 @@ from distill.recipe_base import Kind as Kind
 from distill.recipe_base import Name as Name
 from distill.recipe_base import Section as Section
 from distill.recipe_data import ForeignTraces as ForeignTraces
+from distill.recipe_data import ProblemSource as ProblemSource
 from distill.recipe_data import Selection as Selection
+from distill.recipe_filters import AgreementFilter as AgreementFilter
+from distill.recipe_filters import CorrectnessFilter as CorrectnessFilter
+from distill.recipe_filters import DecontaminationFilter as DecontaminationFilter
+from distill.recipe_filters import DuplicatesFilter as DuplicatesFilter
+from distill.recipe_filters import Filters as Filters
+from distill.recipe_filters import FormatFilter as FormatFilter
+from distill.recipe_filters import JudgeModel as JudgeModel
+from distill.recipe_filters import Language as Language
+from distill.recipe_filters import LanguageFilter as LanguageFilter
+from distill.recipe_filters import LengthFilter as LengthFilter
+from distill.recipe_filters import NearDuplicateProblems as NearDuplicateProblems
+from distill.recipe_filters import NearDuplicatesFilter as NearDuplicatesFilter
+from distill.recipe_filters import NearDuplicateTraces as NearDuplicateTraces
+from distill.recipe_filters import OutliersFilter as OutliersFilter
+from distill.recipe_filters import QualityFilter as QualityFilter
+from distill.recipe_filters import ReadabilityFilter as ReadabilityFilter
+from distill.recipe_filters import ReflectionFilter as ReflectionFilter
+from distill.recipe_filters import RepetitionFilter as RepetitionFilter
+from distill.recipe_filters import default_filters as default_filters
 
 Baseline = Literal["base", "answers_only"]
-# Codes for languages in Latin script, names of scripts for the others: what distill.filters.language tells apart.
-Language = Literal[
-    "en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi", "ro", "cs", "fi",
-    "Chinese", "Japanese", "Korean", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Thai",
-]  # fmt: skip
 R1_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
-
-class ProblemSource(Section):
-    source: str = Field(
-        min_length=1, description="'reasoning-gym', a .jsonl or .parquet file, or a `datasets` name or folder."
-    )
-    split: str | None = Field(
-        None,
-        description="reasoning-gym: 'train' or 'heldout' (a tenth by text hash); else a `datasets` split.",
-    )
-    count: int | None = Field(None, ge=1, le=10**9, description="Problems to take; all of a file if not given.")
-    seed: int = Field(
-        0, ge=0, description="Seed of the generated problems, and of the choice of `count` from a larger source."
-    )
-    families: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="reasoning-gym: task family -> its settings; problems are shared out evenly."
-    )
-    problem: str = Field("problem", min_length=1, description="Field of a source's row that holds the problem's text.")
-    answer: str | None = Field(
-        "answer", description="Field that holds the reference answer; null for problems without."
-    )
-    kind: Kind = Field("math", description="How answers of a file source are judged.")
-    id: str | None = Field(None, description="Field that holds an identifier to keep in `meta`.")
-
-    @model_validator(mode="after")
-    def _generated_needs_settings(self) -> "ProblemSource":
-        if self.source == "reasoning-gym":
-            if not self.families:
-                raise ValueError("source 'reasoning-gym' needs at least one entry in `families`")
-            if self.count is None:
-                raise ValueError("source 'reasoning-gym' needs a `count`")
-            if self.split not in (None, "train", "heldout"):
-                raise ValueError(f"source 'reasoning-gym' has the splits 'train' and 'heldout', not {self.split!r}")
-        return self
 
 
 class Teacher(Section):
@@ -70,116 +51,6 @@ class Sampling(Section):
         32768, ge=1, description="Most tokens generated a sample; longer ones are truncated, marked and kept."
     )
     instruction: str = Field(R1_INSTRUCTION, description="Appended to the problem after a newline; empty for none.")
-
-
-class CorrectnessFilter(Section):
-    """The final answer equals the reference answer."""
-
-    without_reference: Literal["reject", "pass"] = Field(
-        "reject", description="Traces of problems without a reference answer; 'pass' leaves them to `agreement`."
-    )
-
-
-class FormatFilter(Section):
-    """Exactly one <think>…</think>, a final answer, and no text leaked."""
-
-    single_answer: bool = Field(False, description="Also reject a reply that boxes two different answers.")
-
-
-class LengthFilter(Section):
-    max_reasoning_tokens: int | None = Field(None, ge=1, description="Longer reasoning is rejected; null for no bound.")
-    min_reasoning_tokens: int = Field(1, ge=0, description="Shorter reasoning is rejected.")
-
-
-class RepetitionFilter(Section):
-    ngram: int = Field(16, ge=2, le=100, description="Length in words of the repeated stretch looked for.")
-    max_share: float = Field(0.2, ge=0, le=1, description="Largest share of such stretches that may be repeats.")
-
-
-class LanguageFilter(Section):
-    language: Language | None = Field(
-        None, description="What traces should be written in; null for each problem's own language."
-    )
-    min_share: float = Field(0.98, ge=0, le=1, description="Smallest share of words in that language.")
-    max_run: int = Field(2, ge=0, description="Most words of another language in a row.")
-
-
-class ReadabilityFilter(Section):
-    max_paragraph_words: int | None = Field(
-        400, ge=1, description="Longest paragraph (text without a line break) in words; null for no bound."
-    )
-    code_blocks: bool = Field(False, description="Whether code blocks may stand where no code was asked for.")
-
-
-class ReflectionFilter(Section):
-    """Counts of reconsidering words ("wait", "let me check"); measured, nothing is rejected."""
-
-
-class DecontaminationFilter(Section):
-    against: list[ProblemSource] = Field(
-        min_length=1, description="Evaluation sets to keep apart from; `problem` names their field."
-    )
-    ngram: int = Field(8, ge=2, le=50, description="Length in words of the overlaps looked for.")
-    max_overlap: float = Field(
-        0.5, ge=0, lt=1, description="Largest share of an evaluation problem's stretches that may stand in a problem."
-    )
-    similarity: float = Field(
-        0.7, gt=0, le=1, description="Jaccard similarity of word triples that makes two the same."
-    )
-    numbers: bool = Field(True, description="Also find the same problem with other numbers.")
-
-
-class AgreementFilter(Section):
-    min_samples: int = Field(4, ge=2, description="Answered samples of a problem below which there is no majority.")
-    min_share: float = Field(0.5, ge=0, le=1, description="The commonest answer must have more than this share.")
-
-
-class OutliersFilter(Section):
-    max_ratio: float = Field(4.0, gt=1, description="Longest reasoning, in medians of its problem's samples.")
-    min_ratio: float = Field(0.0, ge=0, lt=1, description="Shortest reasoning, in the same unit.")
-    min_samples: int = Field(4, ge=3, description="Samples of a problem below which there is no outlier.")
-
-
-class DuplicatesFilter(Section):
-    """A trace of the same problem with the same text was accepted before."""
-
-
-class NearDuplicatesFilter(Section):
-    ngram: int = Field(5, ge=1, le=50, description="Length in words of the stretches compared.")
-    similarity: float = Field(gt=0, le=1, description="Jaccard similarity of stretches from which on two are one.")
-
-
-class NearDuplicateProblems(NearDuplicatesFilter):
-    ngram: int = Field(3, ge=1, le=50, description="Length in words of the stretches compared.")
-    similarity: float = Field(0.9, gt=0, le=1, description="Jaccard similarity of stretches from which on two are one.")
-
-
-class NearDuplicateTraces(NearDuplicatesFilter):
-    similarity: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of stretches from which on two are one.")
-
-
-class Filters(Section):
-    """Each is off unless named. In the order of the funnel; those after `reflection` compare traces or problems."""
-
-    decontamination: DecontaminationFilter | None = Field(None, description="Drop evaluation problems; null to skip.")
-    format: FormatFilter | None = Field(
-        None, description="Check the form of the reasoning and the answer; null to skip."
-    )
-    correctness: CorrectnessFilter | None = Field(None, description="Judge the final answer; null to skip.")
-    length: LengthFilter | None = Field(None, description="Bound the reasoning's length; null to skip.")
-    repetition: RepetitionFilter | None = Field(None, description="Reject text that loops; null to skip.")
-    language: LanguageFilter | None = Field(None, description="Reject mixed languages; null to skip.")
-    readability: ReadabilityFilter | None = Field(None, description="Reject long paragraphs, code; null to skip.")
-    reflection: ReflectionFilter | None = Field(None, description="Count reconsidering words; null to skip.")
-    agreement: AgreementFilter | None = Field(
-        None, description="Without a reference, accept the majority's answer; null to skip."
-    )
-    outliers: OutliersFilter | None = Field(None, description="Reject lengths unusual for the problem; null to skip.")
-    near_duplicate_problems: NearDuplicateProblems | None = Field(
-        None, description="Of problems nearly the same, keep one; null to skip."
-    )
-    duplicates: DuplicatesFilter | None = Field(None, description="Reject exact duplicates; null to skip.")
-    near_duplicates: NearDuplicateTraces | None = Field(None, description="Of traces nearly the same, keep one.")
 
 
 class Lora(Section):
@@ -241,12 +112,6 @@ class Report(Section):
     answers_shown: int = Field(60, ge=0, le=100000, description="Evaluation problems with answers side by side.")
 
 
-def default_filters() -> dict[str, dict[str, Any]]:
-    """The filters of a recipe that names traces and no filters: what R1's authors dropped, and what loops or leaks."""
-    named: dict[str, dict[str, Any]] = {"format": {}, "correctness": {"without_reference": "pass"}}
-    return named | {name: {} for name in ("repetition", "language", "readability", "reflection", "duplicates")}
-
-
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
 
@@ -299,6 +164,16 @@ class Recipe(Section):
         if recorded and self.evals.teacher:
             raise ValueError(
                 "evals.teacher: whoever wrote the traces cannot be evaluated; name a `teacher` or set false"
+            )
+        correct = self.filters.correctness
+        asked = {f"traces.{n}": t.kind for n, t in enumerate(self.traces)} or {"problems": self.problems.kind}
+        for place, kind in asked.items():
+            if kind == "judge" and correct is not None and correct.judge is None:
+                raise ValueError(f"{place}.kind: 'judge' needs somebody to ask: `filters.correctness.judge`")
+        if self.evals.problems is not None and self.evals.problems.kind in ("judge", "open"):
+            raise ValueError(
+                f"evals.problems.kind: {self.evals.problems.kind!r} is not measured; expected a kind that is decided "
+                "by rule"
             )
         rated = self.selection.difficulty
         bounds = (rated.min_pass_rate, rated.max_pass_rate) if rated else (0.0, 1.0)

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-Kind = Literal["math", "code", "choice", "exact", "open"]
+Kind = Literal[
+    "math", "exact", "choice", "regex", "code", "reasoning-gym", "judge", "open"
+]  # as evals.grading has them
 
 
 class Section(BaseModel):

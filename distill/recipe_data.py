@@ -1,6 +1,6 @@
-"""The recipe's sections about data: traces that others made, and which of the accepted ones are learnt from."""
+"""The recipe's sections about data: problems, traces that others made, which of the accepted ones are learnt from."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,42 @@ LayoutName = Literal[
     "auto", "open-r1", "openthoughts", "openthoughts-metadata", "bespoke-stratos", "am", "s1", "s1.1",
     "mip-overthinking", "messages", "sharegpt", "prompt-response", "distill", "none",
 ]  # fmt: skip
+
+
+class ProblemSource(Section):
+    source: str = Field(
+        min_length=1, description="'reasoning-gym', a .jsonl or .parquet file, or a `datasets` name or folder."
+    )
+    split: str | None = Field(
+        None,
+        description="reasoning-gym: 'train' or 'heldout' (a tenth by text hash); else a `datasets` split.",
+    )
+    count: int | None = Field(None, ge=1, le=10**9, description="Problems to take; all of a file if not given.")
+    seed: int = Field(
+        0, ge=0, description="Seed of the generated problems, and of the choice of `count` from a larger source."
+    )
+    families: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="reasoning-gym: task family -> its settings; problems are shared out evenly."
+    )
+    problem: str = Field("problem", min_length=1, description="Field of a source's row that holds the problem's text.")
+    answer: str | None = Field(
+        "answer", description="Field that holds the reference answer; null for problems without."
+    )
+    kind: Kind = Field(
+        "math", description="How answers are judged; of generated ones only 'reasoning-gym' counts: by its own scorers."
+    )
+    id: str | None = Field(None, description="Field that holds an identifier to keep in `meta`.")
+
+    @model_validator(mode="after")
+    def _generated_needs_settings(self) -> "ProblemSource":
+        if self.source == "reasoning-gym":
+            if not self.families:
+                raise ValueError("source 'reasoning-gym' needs at least one entry in `families`")
+            if self.count is None:
+                raise ValueError("source 'reasoning-gym' needs a `count`")
+            if self.split not in (None, "train", "heldout"):
+                raise ValueError(f"source 'reasoning-gym' has the splits 'train' and 'heldout', not {self.split!r}")
+        return self
 
 
 class TraceFields(Section):

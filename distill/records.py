@@ -54,6 +54,7 @@ class Verdict(NamedTuple):
     passed: bool
     reason: str  # what was found, for a person to read
     measured: dict[str, float] | None = None  # numbers that the verdict rests on, or that are worth keeping beside it
+    settled: bool = True  # False where judging again may find more: a model did not answer
 
 
 # The words "pass" and "in" are Python keywords, hence the functional form: these are the names on disk.

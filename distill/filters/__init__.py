@@ -8,11 +8,16 @@ so that a threshold can be changed and the funnel counted anew without asking th
 Those in COMPARING judge traces against each other. Their `check` has two halves (distill.filters.comparing), so that
 a million traces need not be in memory together. A filter whose verdicts rest on more than trace, problem and settings
 names the rest in `rests_on(settings)`.
+
+Those in ASKING may ask a model (distill.filters.asking); their `check` takes one argument more, the folder where
+replies are kept. Those in PAID ask about every trace, and judge only what passed all filters before.
 """
 
 from importlib import import_module
 from types import ModuleType
 
+ASKING = ("correctness", "quality")
+PAID = ("quality",)
 COMPARING = ("agreement", "outliers", "near_duplicate_problems", "duplicates", "near_duplicates")
 ORDER = (
     "truncation",
@@ -24,6 +29,7 @@ ORDER = (
     "language",
     "readability",
     "reflection",
+    "quality",
     *COMPARING,
 )
 

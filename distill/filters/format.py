@@ -22,11 +22,11 @@ _LEAK = re.compile(
     r"|\[/?INST\]"
 )
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_BOXED_KINDS = ("math", "exact", "choice")
+_BOXED_KINDS = ("math", "exact", "choice", "regex", "reasoning-gym")
 
 
 def check(traces: list[Trace], problems: dict[str, Problem], settings: FormatFilter | None) -> list[Verdict]:
-    """The kinds math, exact and choice need a final answer as evals.grading finds it, after the reasoning."""
+    """The kinds with a rule for the answer need a final answer as evals.grading finds it, after the reasoning."""
     single = settings is not None and settings.single_answer
     return [_check(trace, problems[trace["problem_id"]]["kind"], single) for trace in traces]
 

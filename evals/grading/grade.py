@@ -184,8 +184,12 @@ def grade_many(
                 problem = rest[0] if rest else None
                 given = (text, answer, kind, known, timeout, problem, judge, isolation)
                 waiting.append((number, threads.submit(_slow, *given)))
-        for number, future in waiting:
-            grades[number] = future.result()
+        try:
+            for number, future in waiting:
+                grades[number] = future.result()
+        except BaseException:  # a judge that is needed and not there, or Ctrl-C: the rest need not be tried
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
     return [graded for graded in grades if graded is not None]
 
 

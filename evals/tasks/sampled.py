@@ -86,7 +86,8 @@ def _row(number: int, row: dict[str, Any], path: Path, instruction: str) -> dict
     if not isinstance(text, str):
         raise ValueError(f"{path}:{number}: no text field 'problem' or 'question'")
     answer = row.get("answer")
-    if isinstance(answer, str) and "####" in answer:  # GSM8K as published
+    kind = row.get("kind") or "math"
+    if kind == "math" and isinstance(answer, str) and "####" in answer:  # GSM8K as published
         answer = answer.rsplit("####", 1)[1].replace(",", "").strip()
     meta = row.get("meta")
     family = meta.get("family") if isinstance(meta, dict) else None
@@ -94,7 +95,7 @@ def _row(number: int, row: dict[str, Any], path: Path, instruction: str) -> dict
         "id": str(row.get("id", row.get("unique_id", f"{path.stem}-{number}"))),
         "prompt": f"{text}\n{instruction}" if instruction else text,
         "answer": None if answer is None else str(answer),
-        "kind": row.get("kind") or "math",
+        "kind": kind,
         "family": str(family or row.get("subject") or ""),
     }
 

@@ -53,7 +53,8 @@ def default_settings(name, folder):
         return None
     (folder / "bench.jsonl").write_text('{"problem": "What is it?"}\n')
     source = ProblemSource(source=str(folder / "bench.jsonl"))
-    given = {"against": [source]} if name == "decontamination" else {}
+    judge = {"base_url": "http://127.0.0.1:9/v1", "model": "nobody"}
+    given = {"decontamination": {"against": [source]}, "quality": {"judge": judge}}.get(name, {})
     return get_args(Filters.model_fields[name].annotation)[0](**given)
 
 

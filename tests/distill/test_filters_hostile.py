@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.filters import ORDER, filter_module
+from distill.filters import ASKING, ORDER, filter_module
 from distill.filters.words import LONGEST_WORD, cut_words, stretch_hashes
 from distill.recipe import Filters
 from tests.distill.small_run import problem, trace
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", TEXTS)
-@pytest.mark.parametrize("name", [name for name in ORDER if name != "correctness"])  # grading has its own tests
+@pytest.mark.parametrize("name", [name for name in ORDER if name not in ASKING])  # have their own tests
 def test_hostile_texts(name, what, folder):
     text = TEXTS[what]
     usual = "Let me think about 2 and 2. It is 4, I think.\n</think>\n\nSo it is \\boxed{4}."

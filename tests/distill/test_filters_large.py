@@ -15,12 +15,14 @@ import pytest
 from distill import filtering, judging
 from distill.errors import UserError
 from distill.explain import explain
-from distill.filters import COMPARING, ORDER
+from distill.filters import COMPARING
+from distill.filters import ORDER as ALL
 from distill.lines import Lines, StoredProblems, key
 from distill.workers import Workers
 from tests.distill.small_run import make_recipe, open_run, problem, trace
 from tests.distill.test_filters_stage import count_checks, ledger, tree
 
+ORDER = tuple(name for name in ALL if name != "quality")  # which asks a model
 EVERY = {
     name: {} for name in ("format", "length", "repetition", "language", "readability", "reflection", *COMPARING)
 } | {"correctness": {"without_reference": "pass"}}  # fmt: skip

@@ -1,51 +1,14 @@
 """The judge against a real HTTP server in this process."""
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
 from evals.grading import Judge, grade, grade_many
-
-Answer = Callable[[dict[str, Any], int], tuple[int, bytes]]
-
-
-class Endpoint:
-    """An OpenAI-compatible server whose answers a test decides; it keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.answer: Answer = lambda body, number: says("VERDICT: CORRECT")
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.asked.append(body | {"path": self.path})
-                endpoint.keys.append(self.headers.get("Authorization"))
-                status, data = endpoint.answer(body, len(endpoint.asked))
-                self.send_response(status)
-                if status == 302:
-                    self.send_header("Location", "http://127.0.0.1:9/steal")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-def says(text: str) -> tuple[int, bytes]:
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+from evals.grading.chat import IN_A_ROW, Unreachable
+from tests.endpoint import Endpoint, says
 
 
 @pytest.fixture
@@ -157,3 +120,30 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
         Judge("http://x/v1", "m", tmp_path, n=2)
     with pytest.raises(ValueError, match="does not start with http"):
         Judge("file:///etc/passwd", "m", tmp_path)
+
+
+def test_a_model_that_thinks_until_its_limit_gives_no_vote_but_is_not_asked_again(endpoint, judge):
+    reply = {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}
+    endpoint.answer = lambda body, number: (200, json.dumps(reply).encode())
+    assert grade("4", "four", "judge", judge=judge).verdict == "unverifiable"
+    assert grade("4", "four", "judge", judge=judge).reason == "2 of 2 votes of judge-7b"
+    assert len(endpoint.asked) == 2
+
+
+def test_a_judge_that_is_needed_and_not_there_stops_the_work_at_once(endpoint, tmp_path):
+    items = [(str(number), "four", "judge") for number in range(500)]
+    nobody = Judge("http://127.0.0.1:9/v1", "m", tmp_path, n=1, pause=0.01, needed=True)
+    start = time.monotonic()
+    with pytest.raises(Unreachable, match="refused"):
+        grade_many(items, 4, judge=nobody)
+    assert time.monotonic() - start < 5
+    endpoint.answer = lambda body, number: (503, b"")
+    with pytest.raises(Unreachable, match="HTTP 503"):
+        grade_many(items, 1, judge=Judge(endpoint.url, "m", tmp_path, n=1, attempts=1, needed=True))
+    assert len(endpoint.asked) == IN_A_ROW
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown(judge, monkeypatch):
+    monkeypatch.setenv("DISTILL_JUDGE_KEY", "hunter2\r\nX: y")
+    reason = grade("4", "four", "judge", judge=judge).reason
+    assert "DISTILL_JUDGE_KEY holds what no HTTP header can" in reason and "hunter2" not in reason
