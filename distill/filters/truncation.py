@@ -70,4 +70,4 @@ def _within_sentence(response: str) -> bool:
     """
     line = response[-400:].rstrip().rpartition("\n")[2]
     prose = line[-1:].islower() and not re.match(r"[-*#|>+\d]", line) and len(line.split()) >= 4
-    return prose and "\\boxed" not in response and "answer" not in line.lower()
+    return prose and "\\boxed" not in response and not re.search(r"answer[^.]*\Z", line, re.IGNORECASE)

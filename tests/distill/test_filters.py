@@ -94,6 +94,7 @@ def test_truncation(end, passed, reason):
         ("x</think>Adding these amounts together", "cut off, it seems: it ends within a sentence"),
         ("x</think>\\boxed{4}\n\nLet me know if you want more", "ended"),
         ("x</think>**Answer:** it is the fourth one", "ended"),
+        ("x</think>Answer: There are 4 of them. Therefore the number of tiles", "cut off, it seems: it ends within"),
         ("x</think>- the first step\n- the second one of them", "ended"),
         ("x</think>\\[ 5 + 6", "cut off, it seems: a formula is open"),
         ("x</think>```python\nprint(1)", "cut off, it seems: a code block is open"),
