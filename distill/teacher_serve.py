@@ -77,6 +77,7 @@ def _on_our_engine(model: str, options: ServeOptions) -> "tuple[FastAPI, str, st
     app = create_app(engine, served, options.batch_size + options.max_waiting, os.environ.get(KEY) or None)
     cache = engine.stats().cache_tokens_total
     about = f"{engine.max_len} tokens a sequence, {options.batch_size} sequences at once, a cache of {cache} tokens"
+    about += f", in {engine.runs_in}"
     return app, names[0], about
 
 

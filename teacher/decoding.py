@@ -25,11 +25,12 @@ from teacher.slots import Slots
 
 # Slot of a sequence -> slots of those that start as its copies, and (from, to) of the pages to copy.
 Followers = dict[int, tuple[list[int], list[tuple[int, int]]]]
-Wanted = dict[int, int]  # slot -> how many likeliest tokens' log-probabilities, beside the drawn one's
 
 
 class Runner(Protocol):
     """See TorchRunner."""
+
+    name: str  # what it runs in, for people
 
     def forward(self, batch: Batch, wanted_M: np.ndarray) -> tuple[Tensor, Tensor]: ...
 
@@ -51,12 +52,12 @@ class Round(NamedTuple):
     logprobs: dict[int, list[TokenLogprobs]]
 
 
-def decode(runner: Runner, slots: Slots, rows_B: np.ndarray, drafts: int, wanted: Wanted) -> Round:
+def decode(runner: Runner, slots: Slots, rows_B: np.ndarray, drafts: int) -> Round:
     """Append a token to each sequence, or, with `drafts`, up to 1 + drafts of them."""
-    if not wanted and (done_B := runner.round(slots, rows_B, drafts)) is not None:
+    if (slots.logprobs_S[rows_B] < 0).all() and (done_B := runner.round(slots, rows_B, drafts)) is not None:
         return Round(dict(zip(rows_B.tolist(), done_B.tolist(), strict=True)), {})
     if drafts == 0:
-        return _decode_plainly(runner, slots, rows_B, wanted)
+        return _decode_plainly(runner, slots, rows_B)
     waiting_B = np.minimum(slots.drafts_S[rows_B], slots.limit_S[rows_B] - slots.length_S[rows_B] - 1)
     count_B = waiting_B + 1
     at_B = slots.length_S[rows_B] - 1
@@ -85,10 +86,8 @@ def decode(runner: Runner, slots: Slots, rows_B: np.ndarray, drafts: int, wanted
         kept_B[row] = kept
         slot = int(rows_B[row])
         slots.tokens_SW[slot, at_B[row] + 1 : at_B[row] + 1 + kept] = drawn_N[first : first + kept]
-        if slot in wanted:
-            logprobs[slot] = token_logprobs(
-                logits_NV[first : first + kept], drawn_N[first : first + kept], wanted[slot]
-            )
+        if (most := int(slots.logprobs_S[slot])) >= 0:
+            logprobs[slot] = token_logprobs(logits_NV[first : first + kept], drawn_N[first : first + kept], most)
     slots.length_S[rows_B] += kept_B
     slots.cached_S[rows_B] = slots.length_S[rows_B] - 1
     slots.ended_S[rows_B] = stop_N[first_B + kept_B - 1] | (slots.length_S[rows_B] >= slots.limit_S[rows_B])
@@ -101,7 +100,7 @@ def decode(runner: Runner, slots: Slots, rows_B: np.ndarray, drafts: int, wanted
     return Round(dict(zip(rows_B.tolist(), kept_B.tolist(), strict=True)), logprobs)
 
 
-def _decode_plainly(runner: Runner, slots: Slots, rows_B: np.ndarray, wanted: Wanted) -> Round:
+def _decode_plainly(runner: Runner, slots: Slots, rows_B: np.ndarray) -> Round:
     length_B = slots.length_S[rows_B]
     everyone_B = np.arange(len(rows_B))
     batch = Batch(
@@ -111,13 +110,12 @@ def _decode_plainly(runner: Runner, slots: Slots, rows_B: np.ndarray, wanted: Wa
     slots.cached_S[rows_B] = length_B
     slots.drafts_S[rows_B] = 0
     slots.drafted_from_S[rows_B] = -1
-    return _append(runner, slots, rows_B, logits_BV, wanted)
+    return _append(runner, slots, rows_B, logits_BV)
 
 
 def prefill(
-    runner: Runner, slots: Slots, rows_B: np.ndarray, count_B: np.ndarray, followers: Followers, drafts: int,
-    wanted: Wanted,
-) -> Round:  # fmt: skip
+    runner: Runner, slots: Slots, rows_B: np.ndarray, count_B: np.ndarray, followers: Followers, drafts: int
+) -> Round:
     """Run the next `count_B` tokens of each sequence; those that have no more draw their first token.
 
     `followers` have the tokens of a sequence that draws: they share its logits and its full pages, and get a copy of
@@ -131,26 +129,27 @@ def prefill(
     slots.cached_S[rows_B] += count_B
     complete_B = slots.cached_S[rows_B] == slots.length_S[rows_B]
     logits_MV, hidden_NH = runner.forward(batch, batch.last_B[complete_B])
-    runner.copy_pages([pair for _, copies in followers.values() for pair in copies])
     new_R: list[int] = []
     source_R: list[int] = []
     for source, slot in enumerate(rows_B[complete_B].tolist()):
-        group = [slot, *followers.get(slot, ((), ()))[0]]
+        started, copies = followers.get(slot, ([], []))  # of the other groups' leaders, these are not there yet
+        runner.copy_pages(copies)
+        group = [slot, *started]
         new_R += group
         source_R += [source] * len(group)
     rows_R = np.array(new_R, dtype=np.int64)
     slots.cached_S[rows_R] = slots.length_S[rows_R]
     found = Round({}, {})
     if new_R:
-        found = _append(
-            runner, slots, rows_R, logits_MV[torch.from_numpy(np.array(source_R)).to(logits_MV.device)], wanted
-        )
+        found = _append(runner, slots, rows_R, logits_MV[torch.from_numpy(np.array(source_R)).to(logits_MV.device)])
     if drafts:
         _draft_prompts(runner, slots, batch, hidden_NH, complete_B, followers, drafts)
+    else:
+        slots.drafted_from_S[rows_B] = -1  # the draft module has not seen this chunk: what it saw before is cut off
     return found
 
 
-def _append(runner: Runner, slots: Slots, rows_B: np.ndarray, logits_BV: Tensor, wanted: Wanted) -> Round:
+def _append(runner: Runner, slots: Slots, rows_B: np.ndarray, logits_BV: Tensor) -> Round:
     """Draw a token for each sequence from its logits."""
     length_B = slots.length_S[rows_B]
     drawn_B = runner.draw(logits_BV, slots, rows_B, length_B - slots.prompt_S[rows_B])
@@ -159,10 +158,10 @@ def _append(runner: Runner, slots: Slots, rows_B: np.ndarray, logits_BV: Tensor,
     stop_B = (drawn_B[:, None] == slots.stop_SN[rows_B]).any(1)
     slots.ended_S[rows_B] = stop_B | (slots.length_S[rows_B] >= slots.limit_S[rows_B])
     logprobs = {
-        slot: token_logprobs(logits_BV[row : row + 1], drawn_B[row : row + 1], wanted[slot])
-        for row, slot in enumerate(rows_B.tolist())
-        if slot in wanted
-    }  # fmt: skip
+        slot: token_logprobs(logits_BV[row : row + 1], drawn_B[row : row + 1], most)
+        for row, (slot, most) in enumerate(zip(rows_B.tolist(), slots.logprobs_S[rows_B].tolist(), strict=True))
+        if most >= 0
+    }
     return Round(dict.fromkeys(rows_B.tolist(), 1), logprobs)
 
 

@@ -3,7 +3,7 @@
 A step admits waiting requests, runs a chunk of the prompts that are not in the cache yet, and then brings every running
 sequence a token (or several, with MTP speculation). A place that becomes free is filled by the next request, so the
 batch stays full until the requests run out. Where things are: scheduler.py (admission, prefix sharing, preemption),
-pages.py, cache.py, decoding.py (a round of drawing and drafting), runner.py and native.py (the model).
+pages.py, cache.py, decoding.py (a round of drawing and drafting), runner.py and native/ (the model).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from teacher.graphs import GraphRunner
 from teacher.model import DeepseekV3
 from teacher.native.runner import native_runners
 from teacher.pages import PagePool
-from teacher.requests import Completion, EngineStats, FinishReason, Request, Update
+from teacher.requests import Completion, EngineStats, FinishReason, Request, Update, problem_with
 from teacher.runner import TorchRunner
 from teacher.scheduler import Scheduler, Sequence
 from teacher.slots import Slots
@@ -47,7 +47,7 @@ class Engine:
     prompt tokens of a step. `speculate` is how many tokens the MTP module drafts a step, while no more than
     `speculate_rows` sequences run. `threads` CPU threads each take a share of the sequences (default: torch's number).
     `native` lets a float32 model on a CPU run in C (see teacher/native) where there is a compiler, `graphs` a bf16
-    model on a GPU by CUDA graphs.
+    model on a GPU by CUDA graphs; `runs_in` says what came of it. A change of the weights wants a new engine.
     Raises ValueError on sizes that the model cannot have.
     """
 
@@ -71,7 +71,9 @@ class Engine:
         max_len = context if max_len is None else max_len
         if not 2 <= max_len <= context:
             raise ValueError(f"max_len is {max_len}; expected 2 to {context}, the model's max_position_embeddings")
-        for name, value in {"batch_size": batch_size, "page_size": page_size, "prefill_tokens": prefill_tokens}.items():
+        threads = torch.get_num_threads() if threads is None else threads
+        sizes = {"batch_size": batch_size, "page_size": page_size, "prefill_tokens": prefill_tokens, "threads": threads}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         if speculate < 0 or (speculate and not model.mtp_layers):
@@ -96,15 +98,16 @@ class Engine:
         # Few, larger prefills: waiting for a sixteenth of the slots costs 3% of the batch and saves most of the calls.
         self._scheduler = Scheduler(self._slots, self._pool, max(1, batch_size // 16), speculate)
         self._cache = LatentCache(model.config, layers, pages, page_size, weight.dtype, weight.device)
-        threads = torch.get_num_threads() if threads is None else threads
         self._threads = threads if weight.device.type == "cpu" else 1
         self._pool_of_threads = (
             ThreadPoolExecutor(self._threads, "engine", torch.set_num_threads, (1,)) if self._threads > 1 else None
         )
         self._runners = _runners(model, self._cache, self._threads, native, graphs)
+        self.runs_in = self._runners[0].name
         self._live: dict[str, Sequence] = {}
         self._cancelled: list[str] = []
-        self._ended: dict[str, Completion] = {}  # of generations that have not taken them yet
+        self._awaited: set[str] = set()  # what generations wait for
+        self._ended: dict[str, Completion] = {}  # and of it, what they have not taken yet
         self._counts = {"prompt": 0, "cached": 0, "generated": 0, "drafted": 0, "accepted": 0}
 
     # What a caller does
@@ -115,6 +118,7 @@ class Engine:
         A completion also ends, by length, when prompt and completion fill `max_len`. Raises ValueError for a request
         that cannot be served (see `check`) when it is read. An iterator that is closed early cancels what it started.
         """
+        self._end_cancelled()  # what an earlier iterator left would stand in the way of requests of the same names
         waiting = iter(requests)
         mine: set[str] = set()
         exhausted = False
@@ -126,17 +130,19 @@ class Engine:
                     for request in new:
                         self.add(request)
                         mine.add(request.id)
+                        self._awaited.add(request.id)
                 if exhausted and not mine:
                     return
-                # Another generation of this engine may have done the step that ended one of these.
-                for update in self.step():
-                    if update.completion is not None:
-                        self._ended[update.id] = update.completion
+                self.step()
+                # The step that ended one of these may have been another generation's.
                 for identity in [identity for identity in self._ended if identity in mine]:
                     mine.remove(identity)
+                    self._awaited.remove(identity)
                     yield self._ended.pop(identity)
         finally:
             for identity in mine:
+                self._awaited.remove(identity)
+                self._ended.pop(identity, None)
                 self.cancel(identity)
 
     def add(self, request: Request) -> None:
@@ -145,7 +151,8 @@ class Engine:
         if request.id in self._live:
             raise ValueError(f"request {request.id!r} cannot be served: another with this id has not ended")
         prompt = list(request.prompt_ids)
-        stop_ids = list(self.stop_ids if request.stop_ids is None else request.stop_ids)
+        stop_ids = self.stop_ids if request.stop_ids is None else request.stop_ids
+        stop_ids = sorted({token for token in stop_ids if 0 <= token < self.model.config.vocab_size})
         sequence = Sequence(request, prompt, stop_ids, min(len(prompt) + request.max_tokens, self.max_len))
         if request.stop or request.text:
             sequence.stream = TextStream(self.tokenizer, request.stop)
@@ -184,7 +191,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise ValueError, naming the request and the setting, for one that cannot be served."""
-        problem = _problem_with(request, self.max_len, self.model.config.vocab_size, self.tokenizer is not None)
+        problem = problem_with(request, self.max_len, self.model.config.vocab_size, self.tokenizer is not None)
         if problem:
             raise ValueError(f"request {request.id!r} cannot be served: {problem}")
 
@@ -193,31 +200,28 @@ class Engine:
     def step(self) -> list[Update]:
         """Let every sequence go on by a round. Returns the updates of those that ended or that stream."""
         scheduler = self._scheduler
-        updates = [
-            self._end(self._live[name], "cancelled") for name in dict.fromkeys(self._cancelled) if name in self._live
-        ]
-        self._cancelled.clear()
+        updates = self._end_cancelled()
         scheduler.admit()
         if scheduler.prefilling:
             sequences, count_B, followers = scheduler.chunks(self.prefill_tokens)
             rows_B = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
             drafts = self._drafts(len(scheduler.running) + len(scheduler.prefilling))
-            done = self._run(prefill, rows_B, count_B, followers, drafts, self._wanted())
-            scheduler.prefilled()
+            done = self._run(prefill, rows_B, count_B, followers, drafts)
+            scheduler.prefilled(done.new)
             updates += self._after(done)
         if scheduler.running:
             scheduler.grow()
             rows_B = np.array([sequence.slot for sequence in scheduler.running], dtype=np.int64)
-            updates += self._after(self._run(decode, rows_B, self._drafts(len(rows_B)), self._wanted()))
+            updates += self._after(self._run(decode, rows_B, self._drafts(len(rows_B))))
         return updates
+
+    def _end_cancelled(self) -> list[Update]:
+        names = [name for name in dict.fromkeys(self._cancelled) if name in self._live]
+        self._cancelled.clear()
+        return [self._end(self._live[name], "cancelled") for name in names]
 
     def _drafts(self, rows: int) -> int:
         return self.speculate if rows <= self.speculate_rows else 0
-
-    def _wanted(self) -> dict[int, int]:
-        sequences = self._scheduler.running + self._scheduler.prefilling
-        wanted = {s.slot: s.request.logprobs for s in sequences if s.request.logprobs is not None}
-        return wanted
 
     def _run(self, work: Any, rows_B: np.ndarray, *rest: Any) -> Round:
         """Deal the sequences to the threads, each a share of about as many, and put together what they bring."""
@@ -309,6 +313,8 @@ class Engine:
             logprobs=None if request.logprobs is None else sequence.logprobs[: len(drawn)],
             cached_tokens=min(sequence.cached_tokens, len(request.prompt_ids)),
         )
+        if request.id in self._awaited:
+            self._ended[request.id] = completion
         first = sequence.shown
         return Update(request.id, drawn[first:], text, sequence.logprobs[first : len(drawn)], completion)
 
@@ -327,34 +333,6 @@ def _stop_id(slots: Slots, sequence: Sequence) -> int | None:
     """The newest token, if it is one that ends the sequence."""
     last = int(slots.tokens_SW[sequence.slot, slots.length_S[sequence.slot] - 1])
     return last if last in sequence.stop_ids else None
-
-
-def _problem_with(request: Request, max_len: int, vocabulary: int, has_tokenizer: bool) -> str | None:
-    if not request.prompt_ids:
-        return "its prompt is empty"
-    if len(request.prompt_ids) >= max_len:
-        return f"its prompt has {len(request.prompt_ids)} tokens; expected fewer than max_len ({max_len})"
-    if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
-        return f"its prompt has token ids outside the vocabulary of {vocabulary}"
-    if not 0 <= request.temperature < float("inf"):
-        return f"temperature is {request.temperature}; expected 0 or more"
-    if not 0 < request.top_p <= 1:
-        return f"top_p is {request.top_p}; expected above 0, at most 1"
-    if request.top_k < 0:
-        return f"top_k is {request.top_k}; expected 0 (no limit) or more"
-    if not 0 <= request.min_p <= 1:
-        return f"min_p is {request.min_p}; expected 0 (no limit) to 1"
-    if request.max_tokens < 1:
-        return f"max_tokens is {request.max_tokens}; expected at least 1"
-    if not -(2**63) <= request.seed < 2**63:
-        return f"seed is {request.seed}; expected a 64-bit integer"
-    if request.logprobs is not None and not 0 <= request.logprobs <= vocabulary:
-        return f"logprobs is {request.logprobs}; expected 0 to {vocabulary}"
-    if (request.stop or request.text) and not has_tokenizer:
-        return "stop strings and text need an engine with a tokenizer"
-    if "" in request.stop:
-        return "a stop string is empty"
-    return None
 
 
 def _memory_for_cache(device: torch.device) -> int:

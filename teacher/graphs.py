@@ -22,6 +22,8 @@ _MOST_NEW = 8  # tokens a sequence; longer ones are prefill, which keeps the dev
 class GraphRunner(TorchRunner):
     """See TorchRunner."""
 
+    name = "torch with CUDA graphs"
+
     def __init__(self, model: DeepseekV3, cache: LatentCache) -> None:
         super().__init__(model, cache)
         self._graphs: dict[tuple[str, int, int, int], _Graph] = {}

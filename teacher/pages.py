@@ -82,6 +82,7 @@ class PagePool:
         known = self._page_of.get(key)
         if known is not None:
             return self._serial_of[known]
+        assert page not in self._key_of, "a page is indexed once"
         self._serials += 1
         self._page_of[key], self._key_of[page], self._serial_of[page] = page, key, self._serials
         return self._serials

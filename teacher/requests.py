@@ -79,3 +79,32 @@ class Update:
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, if asked for
     completion: Completion | None = None
+
+
+def problem_with(request: Request, max_len: int, vocabulary: int, has_tokenizer: bool) -> str | None:
+    """Why an engine of these limits can never serve the request; None if it can."""
+    if not request.prompt_ids:
+        return "its prompt is empty"
+    if len(request.prompt_ids) >= max_len:
+        return f"its prompt has {len(request.prompt_ids)} tokens; expected fewer than max_len ({max_len})"
+    if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
+        return f"its prompt has token ids outside the vocabulary of {vocabulary}"
+    if not 0 <= request.temperature < float("inf"):
+        return f"temperature is {request.temperature}; expected 0 or more"
+    if not 0 < request.top_p <= 1:
+        return f"top_p is {request.top_p}; expected above 0, at most 1"
+    if not 0 <= request.top_k < 2**63:
+        return f"top_k is {request.top_k}; expected 0 (no limit) or more, as a 64-bit integer"
+    if not 0 <= request.min_p <= 1:
+        return f"min_p is {request.min_p}; expected 0 (no limit) to 1"
+    if request.max_tokens < 1:
+        return f"max_tokens is {request.max_tokens}; expected at least 1"
+    if not -(2**63) <= request.seed < 2**63:
+        return f"seed is {request.seed}; expected a 64-bit integer"
+    if request.logprobs is not None and not 0 <= request.logprobs <= vocabulary:
+        return f"logprobs is {request.logprobs}; expected 0 to {vocabulary}"
+    if (request.stop or request.text) and not has_tokenizer:
+        return "stop strings and text need an engine with a tokenizer"
+    if "" in request.stop:
+        return "a stop string is empty"
+    return None

@@ -39,6 +39,8 @@ class Batch(NamedTuple):
 class TorchRunner:
     """Runs `model` over the sequences of `cache`."""
 
+    name = "torch"
+
     def __init__(self, model: DeepseekV3, cache: LatentCache) -> None:
         self.model, self.cache = model, cache
         self.device = model.lm_head.weight.device

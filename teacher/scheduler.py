@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +39,14 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
+_PATIENCE = 32  # steps
+
+
 class Scheduler:
-    """Slots, pages and the queue. `refill`: slots that must be free before new sequences enter, unless none runs."""
+    """Slots, pages and the queue.
+
+    `refill`: slots that must be free before new sequences enter, unless none runs or they wait for _PATIENCE steps.
+    """
 
     def __init__(self, slots: Slots, pool: PagePool, refill: int, drafts: int) -> None:
         self.slots, self.pool, self.refill, self.drafts = slots, pool, refill, drafts
@@ -47,6 +54,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in the order of entering
         self.prefilling: list[Sequence] = []
         self.preempted = 0
+        self._held_back = 0  # steps in which somebody waited beside a free slot
         self._free = list(range(len(slots.length_S) - 1, -1, -1))
         self._indexed_S = np.zeros(len(slots.length_S), dtype=np.int64)
         self._followers: dict[Sequence, list[Sequence]] = {}
@@ -55,8 +63,10 @@ class Scheduler:
     def admit(self) -> None:
         """Give slots to waiting sequences, in order, as long as there is room."""
         live = len(self.running) + len(self.prefilling)
-        if live and len(self._free) < self.refill:
+        if live and len(self._free) < self.refill and self._held_back < _PATIENCE:
+            self._held_back += bool(self.waiting and self._free)
             return
+        self._held_back = 0
         while self.waiting and self._free:
             if not self._enter(self.waiting[0]):
                 assert self.running or self.prefilling, "the cache is empty, and yet too small"
@@ -135,15 +145,17 @@ class Scheduler:
                 slots.add_page(sequence.slot, self.pool.take())
             if len(leader.tokens) % size:
                 copies.append((pages[full], int(slots.table_SP[sequence.slot, full])))
+            # The leader's full pages are, or are about to be, in the index under the leader's keys, and under no other.
+            sequence.serial, self._indexed_S[sequence.slot] = leader.serial, self._indexed_S[leader.slot]
             sequence.cached_tokens = len(leader.tokens)
             started.append(sequence.slot)
         self._followers[leader] = [sequence for sequence in self._followers[leader] if sequence.slot >= 0]
         return started, copies
 
-    def prefilled(self) -> None:
-        """After a prefill: sequences with no token left to compute run, with their followers."""
+    def prefilled(self, drew: Container[int]) -> None:
+        """After a prefill: sequences in the slots that `drew` their first token run, with their followers."""
         for sequence in self.prefilling:
-            if self.slots.cached_S[sequence.slot] == self.slots.length_S[sequence.slot] - 1:
+            if sequence.slot in drew:
                 self._leaders.pop(tuple(sequence.tokens), None)
                 self.running += [sequence, *self._followers.pop(sequence, ())]
         there = set(map(id, self.running))

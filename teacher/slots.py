@@ -25,6 +25,8 @@ class Slots:
         self.held_S = integers()  # pages of the table in use
         self.temperature_S, self.top_p_S, self.min_p_S = (np.zeros(slots, dtype=np.float32) for _ in range(3))
         self.top_k_S, self.seed_S = integers(), integers()
+        # How many likeliest tokens' log-probabilities are wanted, beside the drawn one's; -1: none.
+        self.logprobs_S = integers() - 1
         self.stop_SN = integers(1) - 1  # padded with -1, which is no token
         self.ended_S = np.zeros(slots, dtype=bool)
         self.draft_SG = np.zeros((slots, drafts), dtype=np.int32)
@@ -39,6 +41,7 @@ class Slots:
         self.length_S[slot], self.prompt_S[slot], self.limit_S[slot] = len(tokens), len(request.prompt_ids), limit
         self.temperature_S[slot], self.top_p_S[slot] = request.temperature, request.top_p
         self.min_p_S[slot], self.top_k_S[slot], self.seed_S[slot] = request.min_p, request.top_k, request.seed
+        self.logprobs_S[slot] = -1 if request.logprobs is None else request.logprobs
         if len(stop_ids) > self.stop_SN.shape[1]:
             wider = len(stop_ids) - self.stop_SN.shape[1]
             self.stop_SN = np.pad(self.stop_SN, ((0, 0), (0, wider)), constant_values=-1)

@@ -1,7 +1,8 @@
 """Compiling the C of this folder for one model's sizes, once a machine.
 
-The result lies in the user's cache folder under a name that says all that went into it. Without a C compiler, or
-without torch's BLAS to call, there is none, and the engine runs in torch alone.
+The result lies in the user's cache folder under a name that says all that went into it; where there is no such folder
+that is safe, it is made anew by each process. Without a C compiler, or without torch's BLAS to call, there is none, and
+the engine runs in torch alone: nothing here raises.
 """
 
 from __future__ import annotations
@@ -26,37 +27,66 @@ _FLAGS = (
     "-std=gnu11 -O3 -march=native -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "
     "-fassociative-math -shared -fPIC"
 )
+_SECONDS = 120  # a compiler that takes longer hangs
+_SMALL = {
+    "HIDDEN": 16, "VOCAB": 16, "HEADS": 2, "RANK": 16, "ROPE": 16, "QRANK": 16, "EXPERTS": 4, "TOP_K": 2, "GROUPS": 2,
+    "TOP_GROUPS": 1, "INNER": 16, "PAGE": 16,
+}  # fmt: skip
 
 
 def build(sizes: dict[str, int]) -> ctypes.CDLL | None:
     """The library for these sizes (macros of step.c), or None where it cannot be made."""
-    return _build(tuple(sorted(sizes.items())))
+    found = _build(tuple(sorted(sizes.items())))
+    return None if isinstance(found, str) else found
+
+
+def obstacle() -> str | None:
+    """Why engines on this machine run in torch alone; None where the C step can be made, which is tried."""
+    if sgemm() is None:
+        return "this build of torch lets nobody call its matrix product"
+    found = _build(tuple(_SMALL.items()))
+    return found if isinstance(found, str) else None
 
 
 @functools.cache
-def _build(sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or os.environ.get("DISTILL_NATIVE") == "0":
-        return None
+def _build(sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if os.environ.get("DISTILL_NATIVE") == "0":
+        return "DISTILL_NATIVE is 0"
+    try:
+        name, *options = shlex.split(os.environ.get("CC") or "cc")
+        compiler = shutil.which(name)
+        if compiler is None:
+            return f"no C compiler ({name}; CC names another)"
+        command = [compiler, *options, *shlex.split(_FLAGS), *(f"-D{name}={value}" for name, value in sizes)]
+        return _load_or_make(command, _cache_folder())
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: a CC that is no command line
+        return str(error)
+
+
+def _load_or_make(command: list[str], cache: Path | None) -> ctypes.CDLL | str:
     here = Path(__file__).parent
-    command = [compiler, *shlex.split(_FLAGS), *(f"-D{name}={value}" for name, value in sizes)]
-    digest = hashlib.sha256(repr((command, _processor(), os.stat(compiler).st_mtime_ns)).encode())
+    digest = hashlib.sha256(repr((command, _processor(), os.stat(command[0]).st_mtime_ns)).encode())
     for name in (*_SOURCES, "maths.h", "step.h"):
         digest.update((here / name).read_bytes())
-    library = _cache_folder() / f"{digest.hexdigest()[:32]}.so"
-    if not library.is_file():
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / "library.so"
-            done = subprocess.run(
-                [*command, "-o", made, *(here / name for name in _SOURCES), "-lm"], capture_output=True, text=True
-            )
-            if done.returncode != 0:
-                return None
+    library = None if cache is None else cache / f"{digest.hexdigest()[:32]}.so"
+    if library is not None and library.is_file():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # torn by a crash, or of another C library: made anew
+            pass
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        made = Path(folder, "library.so")
+        done = subprocess.run(
+            [*command, "-o", made, *(here / name for name in _SOURCES), "-lm"],
+            capture_output=True, text=True, errors="replace", timeout=_SECONDS, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        if done.returncode != 0:
+            return f"{command[0]} fails: {done.stderr.strip().partition(chr(10))[0] or f'exit {done.returncode}'}"
+        loaded = ctypes.CDLL(str(made))  # stays loaded when the file has gone
+        if library is not None:
             os.replace(made, library)
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError:
-        return None
+    return loaded
 
 
 @functools.cache
@@ -81,12 +111,17 @@ def _torch_library() -> ctypes.CDLL | None:
     return None
 
 
-def _cache_folder() -> Path:
-    """The user's own: a library that others can write to would run what they please."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "distill"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
+def _cache_folder() -> Path | None:
+    """The user's own, if it can be written to, and by nobody else: a library put there runs what its writer pleases."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "distill"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    safe = found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if safe and os.access(folder, os.W_OK) else None
 
 
 def _processor() -> str:

@@ -61,13 +61,14 @@ class Packed:
         layers = [self._layer(layer) for layer in (*model.main_layers, *model.mtp_layers[:1])]
         self._layers = (LayerStruct * len(layers))(*layers)
         self.widest = max(layer.inner for layer in layers)
+        self._head_HV = model.lm_head.weight.detach().t().contiguous()
 
     def struct(self, cache_LPGC: Tensor, sgemm: int) -> ModelStruct:
         """The model over this cache."""
         model, config = self.model, self.model.config
         return ModelStruct(
             embed=self._keep(model.model.embed_tokens.weight), norm=self._keep(model.model.norm.weight),
-            head=self._keep(model.lm_head.weight.t()), cosine=self._keep(model.cos_TD), sine=self._keep(model.sin_TD),
+            head=self._keep(self._head_HV), cosine=self._keep(model.cos_TD), sine=self._keep(model.sin_TD),
             cache=self._keep(cache_LPGC), layers=ctypes.addressof(self._layers), sgemm=sgemm,
             depth=config.num_hidden_layers, layer_stride=cache_LPGC[0].numel(), widest=self.widest,
             eps=config.rms_norm_eps, scale=model.main_layers[0].self_attn.scale,

@@ -51,6 +51,8 @@ class _Slots(ctypes.Structure):
 class NativeRunner:
     """See TorchRunner. Several may share one `packed`; each has its own working memory, so each may have a thread."""
 
+    name = "C"
+
     def __init__(self, model: DeepseekV3, cache: LatentCache, packed: Packed, library: ctypes.CDLL) -> None:
         self.cache, self.packed, self.library = cache, packed, library
         address = sgemm()

@@ -49,6 +49,7 @@ int64_t draw(const float *logits, int64_t vocab, float temperature, float top_p,
         shares[i] = exponential((logits[i] - top) * scale);
         sum += shares[i];
     }
+    if (!(sum > 0.0f && sum < INFINITY)) return best;  // logits that are no numbers: nothing can be drawn from them
     const float factor = 1.0f / sum, least = min_p * factor;
     for (int64_t i = 0; i < vocab; i++) shares[i] *= factor;
     const int64_t most = top_k > 0 && top_k < vocab ? top_k : vocab;

@@ -5,7 +5,7 @@
 //
 // Matrices are row-major, (in, out). Attention is in the absorbed form with weights multiplied out beforehand: `query`
 // maps to each head's R latent and D rotary values, `out` maps each head's attended latent to the hidden state.
-// Rotary pairs are first half with second half; the weights are ordered so. See teacher/native.py for the packing.
+// Rotary pairs are first half with second half; the weights are ordered so. See pack.py for the packing.
 //
 // HIDDEN, VOCAB, HEADS, RANK (R), ROPE (D), QRANK (0: queries come straight from the hidden state), EXPERTS, TOP_K,
 // GROUPS, TOP_GROUPS, INNER (of a routed expert), PAGE (tokens a page); LATENT = R + D.
@@ -53,7 +53,7 @@ static inline void rotate(float *x, const float *cosine, const float *sine) {
 #endif
 
 // Products of each head's query with each key of a page; head h's go to scores + h * stride.
-#if defined(__AVX512F__) && LATENT % 16 == 0 && PAGE % 16 == 0
+#if defined(__AVX512F__) && !defined(__clang__) && LATENT % 16 == 0 && PAGE % 16 == 0
 typedef float Vector __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Lanes __attribute__((vector_size(64)));
 

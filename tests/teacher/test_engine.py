@@ -124,6 +124,39 @@ def test_two_generations_of_one_engine_do_not_disturb_each_other(model):
     assert all(completion.token_ids == alone[completion.id.removesuffix(" again")] for completion in found)
 
 
+def test_what_a_closed_generation_left_does_not_reach_the_next(model):
+    engine = Engine(model, 257, 8, 80)
+    for tokens in (3, 5):  # in the first round all end in one step, and all but one of them are not taken
+        most = [tokens + (tokens > 3) * number for number in range(4)]
+        first = engine.generate(Request(f"{n}", [n], max_tokens=most[n], stop_ids=[]) for n in range(4))
+        next(first)
+        first.close()
+        again = [Request(f"{n}", [n, 7], max_tokens=6, stop_ids=[]) for n in range(4)]
+        assert [len(completion.token_ids) for completion in engine.generate(again)] == [6] * 4
+    assert not engine._ended and not engine._awaited
+
+
+def test_a_step_that_somebody_else_does_is_not_lost_to_a_generation(model):
+    engine = Engine(model, 257, 8, 80)
+    generation = engine.generate(Request(f"{n}", [n], max_tokens=4 + 4 * n, stop_ids=[]) for n in range(2))
+    assert next(generation).id == "0"
+    while engine.has_work:
+        engine.step()
+    assert [completion.id for completion in generation] == ["1"]
+
+
+def test_a_request_does_not_wait_long_beside_a_free_slot(model):
+    engine = Engine(model, 257, 64, 500)  # new ones enter four at a time while others run
+    for number in range(62):
+        engine.add(Request(f"{number}", [number], max_tokens=400, stop_ids=[]))
+    engine.step()
+    engine.add(Request("late", [1], max_tokens=2, stop_ids=[]))
+    steps = 1
+    while not any(update.id == "late" for update in engine.step()):
+        steps += 1
+    assert 20 < steps < 40
+
+
 def test_completion_ends_where_the_slot_is_full(model):
     (completion,) = generate(model, [Request("r", [4] * 70, max_tokens=50, stop_ids=[])], 2, max_len=80).values()
     assert (completion.finish_reason, completion.stop_id, len(completion.token_ids)) == ("length", None, 10)
@@ -135,6 +168,11 @@ def test_stop_token_is_reported_and_not_part_of_the_text(model):
     found = generate(model, [Request("r", [9, 9], temperature=0.0, max_tokens=10, stop_ids=[300, stop])], 1)["r"]
     assert found.token_ids == free[: free.index(stop)]
     assert (found.finish_reason, found.stop_id) == ("stop", stop)
+
+
+def test_stop_ids_that_are_no_tokens_are_never_drawn(model):
+    odd = Request("r", [9, 9], max_tokens=5, stop_ids=[2**70, -1, 10**6])
+    assert generate(model, [odd], 1)["r"].finish_reason == "length"
 
 
 def test_default_stop_ids(model):
@@ -155,6 +193,7 @@ def test_default_stop_ids(model):
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2**70}, "64-bit integer"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"seed": 2**64}, "seed is"),
     ],
@@ -171,6 +210,8 @@ def test_impossible_engine_is_refused(model):
         Engine(model, 257, 2, 1000)
     with pytest.raises(ValueError, match="batch_size is 0"):
         Engine(model, 257, 0)
+    with pytest.raises(ValueError, match="threads is 0"):
+        Engine(model, 257, 2, threads=0)
 
 
 def test_bf16_model_generates(model):

@@ -85,6 +85,14 @@ def test_samples_of_a_problem_compute_its_prompt_once(model, native):
     assert len({tuple(completion.token_ids) for completion in done}) > 1
 
 
+@pytest.mark.parametrize("chunk", range(15, 22))
+def test_samples_share_a_prompt_however_its_chunks_fall(model, native, chunk):
+    """Among them a last chunk of one token, which looks like a sequence that has drawn."""
+    batch = [Request(f"{n}", list(range(20)), seed=n, max_tokens=6, temperature=1.0) for n in range(3)]
+    engine = Engine(model, 257, 8, 80, prefill_tokens=chunk, native=native)
+    assert tokens(engine, batch) == tokens(Engine(model, 257, 1, 80, native=False), batch)
+
+
 def test_a_later_turn_finds_the_earlier_one(model, native):
     engine = Engine(model, 257, 4, 200, page_size=8, native=native)
     (first,) = engine.generate([Request("a", list(range(30)), max_tokens=20, stop_ids=[])])

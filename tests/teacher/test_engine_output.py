@@ -69,6 +69,17 @@ def test_logprobs_are_the_models_own(model):
     assert [entry.top for entry in bare.logprobs] == [[], []]
 
 
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_samples_of_one_prompt_have_a_logprob_for_each_token(model, speculate):
+    prompt = list(range(20))
+    batch = [Request(f"{n}", prompt, seed=n, max_tokens=6, stop_ids=[], logprobs=n % 2) for n in range(4)]
+    for done in Engine(model, 257, 4, 80, speculate=speculate).generate(batch):
+        with torch.no_grad():
+            expected_TV = model(torch.tensor([[*prompt, *done.token_ids]])).logits[0, 19:-1].log_softmax(-1)
+        expected = expected_TV.gather(1, torch.tensor(done.token_ids).unsqueeze(1)).squeeze(1).tolist()
+        assert [entry.logprob for entry in done.logprobs] == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("speculate", [0, 3])
 def test_stop_string_ends_the_text_before_it(model, words, speculate):
     free = Request("free", [5, 6, 7], max_tokens=40, temperature=1.0, seed=3, stop_ids=[], text=True)
