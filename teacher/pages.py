@@ -27,6 +27,7 @@ class PagePool:
         # What names a page as another's predecessor: its own number would come again after it is reused.
         self._serial_of: dict[int, int] = {}
         self._serials = 0
+        self._drafted: set[int] = set()  # indexed pages that hold the draft module's latents too
 
     @property
     def available(self) -> int:
@@ -41,6 +42,7 @@ class PagePool:
             page, _ = self._idle.popitem(last=False)
             del self._page_of[self._key_of.pop(page)]
             del self._serial_of[page]
+            self._drafted.discard(page)
         self._holders[page] = 1
         return page
 
@@ -73,8 +75,14 @@ class PagePool:
             serial = self._serial_of[page]
         return pages, serial
 
-    def index(self, page: int, before: int, tokens: Sequence[int]) -> int:
+    def undrafted(self, pages: Sequence[int]) -> int:
+        """How many of these pages come up to and with the last one without the draft module's latents."""
+        return next((len(pages) - n for n, page in enumerate(reversed(pages)) if page not in self._drafted), 0)
+
+    def index(self, page: int, before: int, tokens: Sequence[int], drafted: bool = False) -> int:
         """Enter a full page that follows the page with serial `before` (0: it is the first); returns its serial.
+
+        `drafted`: it holds the draft module's latents too (the last one's as if the next token were this sequence's).
 
         If another page with this content is known already, that one stays and its serial is returned.
         """
@@ -85,4 +93,6 @@ class PagePool:
         assert page not in self._key_of, "a page is indexed once"
         self._serials += 1
         self._page_of[key], self._key_of[page], self._serial_of[page] = page, key, self._serials
+        if drafted:
+            self._drafted.add(page)
         return self._serials

@@ -97,6 +97,9 @@ class Scheduler:
         sequence.serial = serial
         self._indexed_S[slot] = len(shared)
         self.slots.cached_S[slot] = len(shared) * size
+        undrafted = self.pool.undrafted(shared)
+        if undrafted < len(shared):
+            self.slots.drafted_from_S[slot] = undrafted * size
         sequence.cached_tokens = max(sequence.cached_tokens, len(shared) * size)
         self.prefilling.append(sequence)
         if len(sequence.tokens) == len(sequence.request.prompt_ids):
@@ -217,5 +220,7 @@ class Scheduler:
             sequence, slot = live[row], int(rows_B[row])
             for number in range(int(self._indexed_S[slot]), int(slots.cached_S[slot]) // size):
                 tokens = slots.tokens_SW[slot, number * size : (number + 1) * size].tolist()
-                sequence.serial = self.pool.index(int(slots.table_SP[slot, number]), sequence.serial, tokens)
+                drafted = 0 <= slots.drafted_from_S[slot] <= number * size
+                page = int(slots.table_SP[slot, number])
+                sequence.serial = self.pool.index(page, sequence.serial, tokens, bool(drafted))
                 self._indexed_S[slot] = number + 1

@@ -52,7 +52,8 @@ static inline void rotate(float *x, const float *cosine, const float *sine) {
 #define BLOCK 1
 #endif
 
-// Products of each head's query with each key of a page; head h's go to scores + h * stride.
+// Products of each head's query with each key of a page; head h's go to scores + h * stride. Meanwhile the page `ahead` is
+// fetched, a line at a time: all at once would have to wait for one another.
 #if defined(__AVX512F__) && !defined(__clang__) && LATENT % 16 == 0 && PAGE % 16 == 0
 typedef float Vector __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Lanes __attribute__((vector_size(64)));
@@ -63,13 +64,15 @@ static inline Vector pairs(Vector a, Vector b) {
     return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
 }
 
-static void score(const float *keys, const float *query, int64_t stride, float *scores) {
+static void score(const float *keys, const float *query, int64_t stride, float *scores, const float *ahead) {
     for (int h = 0; h < HEADS; h++)
         for (int t = 0; t < PAGE; t += 16) {
             const Vector *q = (const Vector *)(query + h * LATENT), *k = (const Vector *)(keys + t * LATENT);
             Vector sums[16];
 #pragma GCC unroll 16
             for (int j = 0; j < 16; j++) {
+                const int line = (h * PAGE + t + j) * 16;
+                if (line < PAGE * LATENT) __builtin_prefetch(ahead + line);
                 sums[j] = q[0] * k[j * (LATENT / 16)];
                 for (int i = 1; i < LATENT / 16; i++) sums[j] += q[i] * k[j * (LATENT / 16) + i];
             }
@@ -81,12 +84,13 @@ static void score(const float *keys, const float *query, int64_t stride, float *
         }
 }
 #else
-static void score(const float *keys, const float *query, int64_t stride, float *scores) {
+static void score(const float *keys, const float *query, int64_t stride, float *scores, const float *ahead) {
     for (int t = 0; t < PAGE; t++)
         for (int h = 0; h < HEADS; h++) {
             float sum = 0.0f;
             SIMD_SUM(sum) for (int i = 0; i < LATENT; i++) sum += query[h * LATENT + i] * keys[t * LATENT + i];
             scores[h * stride + t] = sum;
+            if ((t * HEADS + h) * 16 < PAGE * LATENT) __builtin_prefetch(ahead + (t * HEADS + h) * 16);
         }
 }
 #endif
@@ -97,10 +101,10 @@ static void attend(const Model *model, const float *cache, const int32_t *pages,
     // Scores lie in rows of whole pages, so that `score` may fill a page at a time; what is not to be seen is left out.
     const int64_t skipped = first / PAGE, used = (end + PAGE - 1) / PAGE, width = (used - skipped) * PAGE;
     for (int64_t page = skipped; page < used; page++) {
-        // Pages lie anywhere in memory, and a batch's are more than the near caches hold: ask for the next one early.
-        const float *next = cache + (int64_t)pages[page + 1 < used ? page + 1 : page] * PAGE * LATENT;
-        for (int i = 0; i < PAGE * LATENT; i += 16) __builtin_prefetch(next + i);
-        score(cache + (int64_t)pages[page] * PAGE * LATENT, query, width, scores + (page - skipped) * PAGE);
+        // Pages lie anywhere in memory, and a batch's are more than the near caches hold: ask for one early.
+        const int64_t ahead = page + 2 < used ? page + 2 : used - 1;
+        score(cache + (int64_t)pages[page] * PAGE * LATENT, query, width, scores + (page - skipped) * PAGE,
+              cache + (int64_t)pages[ahead] * PAGE * LATENT);
     }
     const int64_t from = first - skipped * PAGE, to = end - skipped * PAGE;
     float factor[HEADS];

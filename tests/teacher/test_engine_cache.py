@@ -114,6 +114,18 @@ def test_speculation_changes_no_token(model, native):
             assert stats.drafted > 0 and stats.accepted <= stats.drafted
 
 
+def test_drafts_behind_a_shared_prompt_are_as_good_as_behind_ones_own(native):
+    model = load_model("teacher/models/tiny-r1", dtype="float32")
+    engine = Engine(model, 399, 1, 400, speculate=3, native=native)
+    prompt = [398, *(37 * n % 390 for n in range(70))]
+    counts = []
+    for number in range(3):
+        (done,) = engine.generate([Request(f"{number}", prompt, max_tokens=80, seed=1, stop_ids=[])])
+        assert done.cached_tokens == (64 if number else 0)
+        counts.append((engine.stats().drafted, engine.stats().accepted))
+    assert counts[2] == tuple(3 * n for n in counts[0]) and counts[0][1] > 0
+
+
 def test_drafts_of_a_model_that_repeats_itself_are_accepted():
     """A model whose layers do nothing, so that draft and model agree: every step brings all it can."""
     torch.manual_seed(1)
