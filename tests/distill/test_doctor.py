@@ -52,3 +52,12 @@ def test_a_wrong_package_is_missing_everywhere():
     for lines in missing(Machine(2, 8 * GIB, 50 * GIB, 2, [H100] * 8), wrong).values():
         assert "package torch <2.14 (installed: 3.0)" in lines
         assert "package peft >=0.19 (installed: none)" in lines
+
+
+def test_it_says_whether_the_engine_runs_in_c(monkeypatch):
+    laptop = Machine(2, 8 * GIB, 50 * GIB, 2, [])
+    monkeypatch.setattr("teacher.native.build.obstacle", lambda: None)
+    assert doctor.embedded_state(laptop) == "ready"
+    monkeypatch.setattr("teacher.native.build.obstacle", lambda: "no C compiler (cc)")
+    assert doctor.embedded_state(laptop) == "ready, on CPUs in torch alone (slower): no C compiler (cc)"
+    assert doctor.embedded_state(Machine(2, None, GIB, None, [])) == "torch does not load"
