@@ -83,7 +83,7 @@ def real_prompts(count: int) -> list[list[int]]:
     rng = random.Random(0)
     texts = [
         f"Solve the following multiplication: {rng.randrange(11, 99)} * {rng.randrange(11, 99)}. Give only the result "
-        "as your final answer.\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "as your final answer."
         for _ in range(count)
     ]
     rendered = [
