@@ -174,7 +174,7 @@ def serve_teacher(
     speculate: Annotated[int, typer.Option(min=0, help="Tokens that the MTP head drafts a step.")] = 0,
     max_waiting: Annotated[int, typer.Option(min=0, help="Sequences waiting before calls get 429.")] = 1024,
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the weights; else the checkpoint's.")
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the weights; else what is fastest.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight have after SIGTERM.")] = 30,

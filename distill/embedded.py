@@ -100,6 +100,7 @@ class EmbeddedTeacher:
         self.id = teacher_id(teacher.model)
         self.batch_size = teacher.batch_size
         self.model, self.tokenizer, self.stop_ids = opened.model, opened.tokenizer, opened.stop_ids
+        self.runs_in: str | None = None  # what the engine ran in, once it has: C, or torch several times as slowly
 
     def generate(self, asks: Iterable[Ask]) -> Iterator[Reply]:
         """Replies as they finish. A prompt that fills the model's context is answered 'prompt_too_long'."""
@@ -121,6 +122,7 @@ class EmbeddedTeacher:
         # The last few sequences of a stage have the machine to themselves: there the MTP module drafts ahead.
         drafts = 4 if self.model.mtp_layers else 0
         engine = Engine(self.model, self.stop_ids, min(self.batch_size, len(requests)), longest, speculate=drafts)
+        self.runs_in = engine.runs_in
         yield from map(self._reply, engine.generate(requests))
 
     def _prompt_ids(self, ask: Ask) -> list[int]:

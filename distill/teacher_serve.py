@@ -51,10 +51,15 @@ def _on_our_engine(model: str, options: ServeOptions) -> "tuple[FastAPI, str, st
     """The application, the model's name and a word on its size."""
     from distill.embedded import open_model
     from teacher.engine import Engine
+    from teacher.native.build import obstacle
+    from teacher.native.runner import suits
     from teacher.server.app import create_app
     from teacher.server.generate import Served, read_defaults
 
     opened = open_model(model, options.dtype, options.device, field="MODEL")
+    # Small checkpoints are bfloat16 like large ones, but only in float32 do they run in C, many times as fast.
+    if options.dtype is None and suits(opened.model) and obstacle() is None:
+        opened.model.float()
     names = options.names or (opened.folder.resolve().name,)
     engine = Engine(
         opened.model,

@@ -51,13 +51,18 @@ def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
             done.add(row["id"])
         missing = [ask for identity, (_, _, ask) in wanted.items() if identity not in done]
         with run.progress("traces", len(wanted), "traces", done=len(wanted) - len(missing)) as progress:
-            replies = open_teacher(recipe.teacher).generate(missing) if missing else iter(())
+            teacher = open_teacher(recipe.teacher) if missing else None
+            replies = teacher.generate(missing) if teacher else iter(())
             done |= _record(replies, wanted, recipe.sampling, teacher_id, file, progress)
         made = len(missing)
         assert done >= wanted.keys(), f"the teacher left {len(wanted.keys() - done)} of {made} samples unanswered"
         torn = file.torn
     counts = _write_parquet(current_traces(path, recipe, problems, teacher_id), run.path("traces", "traces.parquet"))
-    return {**counts, "made": made, "resumed": len(wanted) - made, "stale": stale, "torn": torn, "teacher": teacher_id}
+    runs_in = getattr(teacher, "runs_in", None)  # of our engine: on some machines it is slower, and should say so
+    return {
+        **counts, "made": made, "resumed": len(wanted) - made, "stale": stale, "torn": torn, "teacher": teacher_id,
+        **({"runs_in": runs_in} if runs_in else {}),
+    }  # fmt: skip
 
 
 def _record(

@@ -165,13 +165,9 @@ class NativeRunner:
 
 def native_runners(model: DeepseekV3, cache: LatentCache, count: int) -> list[NativeRunner] | None:
     """`count` runners that share their weights, or None where C does not serve this model or this machine."""
-    weight, config = model.lm_head.weight, model.config
-    absorbed, plain = absorbed_parameters(config)
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or absorbed > 1.5 * plain:
+    if model.lm_head.weight.dtype != torch.float32 or not suits(model) or sgemm() is None:
         return None
-    if sum(parameter.numel() for parameter in model.parameters()) * 4 > _MOST_BYTES or sgemm() is None:
-        return None
-    library = build(sizes(config, cache.page_size))
+    library = build(sizes(model.config, cache.page_size))
     if library is None:
         return None
     library.workspace.restype = library.round_workspace.restype = ctypes.c_int64
@@ -179,6 +175,13 @@ def native_runners(model: DeepseekV3, cache: LatentCache, count: int) -> list[Na
         function.restype = None
     packed = Packed(model)
     return [NativeRunner(model, cache, packed, library) for _ in range(count)]
+
+
+def suits(model: DeepseekV3) -> bool:
+    """Whether C is meant for this model, be it in float32: on a CPU, not large, and no larger for being absorbed."""
+    absorbed, plain = absorbed_parameters(model.config)
+    small = sum(parameter.numel() for parameter in model.parameters()) * 4 <= _MOST_BYTES
+    return model.lm_head.weight.device.type == "cpu" and small and absorbed <= 1.5 * plain
 
 
 def _slots_struct(slots: Slots) -> _Slots:

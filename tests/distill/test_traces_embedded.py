@@ -39,7 +39,7 @@ class EngineSaying:
 
         def make(model, stop_ids, batch_size, max_len, **drafting):
             self.stop_ids, self.batch_size, self.max_len = stop_ids, batch_size, max_len
-            return SimpleNamespace(generate=self.generate)
+            return SimpleNamespace(generate=self.generate, runs_in="torch")
 
         self.text, self.end = text, end
         monkeypatch.setattr(teacher.engine, "Engine", make)
@@ -196,6 +196,7 @@ def test_the_whole_stage_with_a_real_engine_and_its_resume(folder, tmp_path):
         problems.run(recipe, run)
     facts, rows = generate()
     assert facts["traces"] == facts["made"] == 24 == len({row["id"] for row in rows})
+    assert facts["runs_in"] in ("C", "torch")
     assert len({row["text"] for row in rows}) > 20
     for row in rows:
         tokens = row["reasoning_tokens"] + row["answer_tokens"]
