@@ -46,7 +46,7 @@ def explain(recipe: Recipe, folder: Path, identity: str) -> Iterator[str]:
         if settings:
             yield f"        settings {json.dumps(settings)}"
         if not verdict["key"]:
-            yield "        not settled; `distill filter` asks again"
+            yield "        not settled; `distill filter` asks when the trace gets this far"
         elif name not in COMPARING and not verdict["key"].startswith(bases[name]):
             yield "        judged under other settings; `distill filter` judges it again"
         yield from (f"        {text}" for text in _beside(folder, line, name, verdict))

@@ -31,7 +31,19 @@ from distill.filters import COMPARING, filter_module
 from distill.filters.comparing import Judgement, Rows
 from distill.funnel import count_funnel
 from distill.jsonl import read_jsonl
-from distill.judging import Item, Task, batches, digest, enabled_filters, filter_bases, forget, judge, on_disk, plain
+from distill.judging import (
+    Item,
+    Task,
+    batch_rows,
+    batches,
+    digest,
+    enabled_filters,
+    filter_bases,
+    forget,
+    judge,
+    on_disk,
+    plain,
+)
 from distill.lines import Lines, StoredProblems, key
 from distill.recipe import Recipe
 from distill.records import FunnelRow, Problem, Trace
@@ -48,7 +60,6 @@ if TYPE_CHECKING:
 _FEW_BYTES = 1 << 23  # of traces for which starting other processes takes longer than the work
 _RELEASE = 1 << 16  # lines of the ledger after which memory is given back
 _PARTIAL = ".verdicts.{}.partial"
-_REPLIES = "judge"
 
 
 def run(recipe: Recipe, run: "RunFolder", *, workers: int | None = None) -> dict[str, Any]:
@@ -132,8 +143,7 @@ class _Stage:
         self.earlier_passed = {name: np.zeros(count, dtype=bool) for name in self.together}
         self.judgements: dict[str, Judgement | _Reused] = {}
         self.keys: dict[str, str] = {}
-        self.judged: Counter[str] = Counter()
-        self.unanswered = 0
+        self.judged, self.unanswered = Counter[str](), 0
         self.digests = DigestColumns(run.folder, count)
         partial = sorted(run.folder.glob(_PARTIAL.format("*")), key=lambda path: -int(path.suffixes[-2][1:]))
         paths = [*partial, run.path("verdicts.jsonl")]
@@ -151,7 +161,7 @@ class _Stage:
         paths = tuple(ledger.path for ledger in self.ledgers)
         wanted = tuple(name for name in digests if filter_module(name).WIDTH)
         files = (self.traces.path, self.problems.lines.path, paths)
-        return Task(*files, self.enabled, self.bases, wanted, self.run.path(_REPLIES))
+        return Task(*files, self.enabled, self.bases, wanted, self.run.path("judge"))
 
     def items(self) -> Iterator[Item]:
         for row in range(len(self.chosen)):
@@ -168,7 +178,7 @@ class _Stage:
         self._add_digests(task)
         row = position = 0
         with open(self.partial, "wb") as file:
-            for batch in pool.map(judge, task, batches(self.items())):
+            for batch in pool.map(judge, task, batches(self.items(), batch_rows(self.enabled))):
                 rows = slice(row, row + len(batch.lines))
                 file.write(b"".join(batch.lines))
                 file.flush()

@@ -212,14 +212,19 @@ def forget() -> None:
     _problem.cache_clear()
 
 
-def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+def batch_rows(enabled: Mapping[str, Settings]) -> int:
+    """Traces that are judged together: few where a model is asked, for the sake of progress."""
+    return 64 if any(getattr(settings, "judge", None) for settings in enabled.values()) else BATCH_ROWS
+
+
+def batches(items: Iterable[Item], rows: int = BATCH_ROWS) -> Iterator[list[Item]]:
     """Items in portions that a worker takes at once."""
     portion: list[Item] = []
     size = 0
     for item in items:
         portion.append(item)
         size += item.trace[1]
-        if size >= BATCH_BYTES or len(portion) >= BATCH_ROWS:
+        if size >= BATCH_BYTES or len(portion) >= rows:
             yield portion
             portion, size = [], 0
     if portion:

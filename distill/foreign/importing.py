@@ -66,11 +66,10 @@ class _Import:
         self.key = sha256_json([VERSION, settings, self.hashes, sorted(held)])
         self.note = run.path(".import.json")
         noted = _read_note(self.note)
-        if noted is None and "imported" not in run.manifest.data and run.path("traces", "traces.jsonl").is_file():
-            raise UserError(
-                f"{run.path('traces', 'traces.jsonl')}: these traces were not imported, and would be lost; "
-                "give the recipe another name"
-            )
+        there = run.path("traces", "traces.jsonl")
+        # An empty file is what an import leaves that failed on its first row.
+        if noted is None and "imported" not in run.manifest.data and there.is_file() and there.stat().st_size:
+            raise UserError(f"{there}: these traces were not imported, and would be lost; give the recipe another name")
         if noted is None or noted["key"] != self.key:
             noted = {"source": 0, "position": Position(), "sizes": [0, 0, 0], "layouts": [], "counts": []}
         self.source: int = noted["source"]

@@ -108,7 +108,8 @@ class ChatModel:
 
     def _attempts(self, body: dict[str, Any]) -> str:
         headers = {"Content-Type": "application/json"}
-        if key := self._key():
+        key = self._key()
+        if key:
             headers["Authorization"] = f"Bearer {key}"
         url = self.base_url.rstrip("/") + "/chat/completions"
         opener = urllib.request.build_opener(_NoRedirects)
@@ -123,12 +124,12 @@ class ChatModel:
                 with opener.open(request, timeout=left) as answer:
                     return _text(_read(answer, deadline))
             except urllib.error.HTTPError as error:
-                error.close()
-                failure = NoReply(f"HTTP {error.code}")
+                said = f"HTTP {error.code}"
+                failure = NoReply(said)
                 if error.code < 400 or error.code in (401, 403, 404, 405):
-                    raise Unreachable(f"HTTP {error.code}") from None
+                    raise Unreachable(said) from None
                 if error.code < 500 and error.code not in (408, 409, 425, 429):
-                    raise Refused(f"HTTP {error.code}") from None
+                    raise Refused(said + _complaint(error, key)) from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 cause = getattr(error, "reason", error)
                 said = f"{type(cause).__name__}: {str(cause)[:100]}"
@@ -156,6 +157,19 @@ def asked(system: str, parts: list[str]) -> list[dict[str, str]]:
     """Messages for `reply`; what is no Unicode text becomes a question mark."""
     user = "\n\n".join(parts).encode(errors="replace").decode()
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def _complaint(error: urllib.error.HTTPError, key: str) -> str:
+    """What the endpoint says is wrong with a request, on one line, or nothing."""
+    try:
+        said = json.loads(error.read(65536))
+        text = said.get("error", said)
+        text = text.get("message") if isinstance(text, dict) else text
+    except (OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
+        return ""
+    if not isinstance(text, str) or (key and key in text):
+        return ""
+    return ": " + "".join(c for c in " ".join(text.split()) if c.isprintable())[:160]
 
 
 def _read(answer: Any, deadline: float) -> bytes:

@@ -192,7 +192,7 @@ def test_a_verdict_that_the_judge_owes_is_asked_for_again(tmp_path, endpoint, ju
     texts = [GOOD, "Hm.\n</think>\n\nfour", "Hm.\n</think>\n\nlong"]
     recipe = make_run(folder, endpoint, {"correctness": {"judge": judge}}, texts, "judge", "four")
     status = {"four": 503, "long": 400}
-    bad = {word: (code, b"") for word, code in status.items()}
+    bad = {word: (code, b'{"error": {"message": "too long for\\nme"}}') for word, code in status.items()}
     endpoint.answer = lambda body, number: bad.get(shown(body).splitlines()[-2], says("VERDICT: CORRECT"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
@@ -208,7 +208,7 @@ def test_a_verdict_that_the_judge_owes_is_asked_for_again(tmp_path, endpoint, ju
     assert not done and entry["accepted"] == 1 and entry["unanswered"] == 1
     found = verdicts(folder, "correctness")
     assert "did not answer: HTTP 503" in found[1]["reason"] and found[1]["key"] == ""
-    assert "refuses this answer: HTTP 400" in found[2]["reason"] and found[2]["key"]
+    assert "refuses this answer: HTTP 400: too long for me" in found[2]["reason"] and found[2]["key"]
     row = json.loads((folder / "verdicts.jsonl").read_text().splitlines()[1])
     assert "not settled" in "\n".join(explain(recipe, folder, row["trace_id"]))
     bad.pop("four")

@@ -401,6 +401,17 @@ def test_evaluation_problems_are_left_out(tmp_path):
     assert manifest["problems"]["dropped"]["overlap"] == 2 and manifest["problems"]["eval"]["count"] == 1
 
 
+def test_an_import_that_failed_on_its_first_row_starts_again_with_another_mapping(tmp_path):
+    row = {"q": "What is 2 + 2?", "t": "<think>\nHm.\n</think>\n\n\\boxed{4}"}
+    source = {"source": str(write_rows(tmp_path / "x.jsonl", [row]))}
+    with pytest.raises(UserError, match="no known layout"):
+        imported(tmp_path / "run", recipe_of(tmp_path, source))
+    _, _, traces, _ = imported(
+        tmp_path / "run", recipe_of(tmp_path, source | {"fields": {"problem": "q", "text": "t"}})
+    )
+    assert len(traces) == 1
+
+
 def test_a_teachers_traces_are_not_overwritten(tmp_path):
     kept = write_rows(tmp_path / "run" / "traces" / "traces.jsonl", [{"id": "x", "problem_id": "y"}])
     before = kept.read_bytes()
