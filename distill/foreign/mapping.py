@@ -102,7 +102,8 @@ def _message(turn: Any, path: str) -> Message:
         raise Unmapped(path, f"has the role {role!r}, expected one of {', '.join(_ROLES)}")
     if isinstance(content, list):  # OpenAI's form of parts
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        content = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else content
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if texts and len(texts) == len(parts) else content
     if not isinstance(content, str):
         raise Unmapped(path, f"has {_found(content)} for content, expected text")
     thinking = turn.get("reasoning_content") or turn.get("reasoning")  # as servers with a reasoning parser return it

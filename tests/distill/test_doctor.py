@@ -42,6 +42,20 @@ def test_small_memory_and_disk_are_told_with_what_is_there():
     assert "1.0 GiB of free disk here (has 0.5 GiB)" in lines
 
 
+def test_it_says_what_shuts_programs_in(monkeypatch):
+    from evals.grading import sandbox
+
+    for kind, said in (("bubblewrap", "bubblewrap"), ("namespaces", "without bubblewrap"), ("limits-only", "limits")):
+        monkeypatch.setattr(sandbox, "choose", lambda kind=kind: kind)
+        assert said in doctor.sandbox_state()
+    monkeypatch.undo()
+    monkeypatch.delenv("DISTILL_SANDBOX", raising=False)
+    monkeypatch.setattr(sandbox, "why_not", lambda kind: "no")
+    assert "none, programs are not graded" in doctor.sandbox_state() and "bubblewrap: no" in doctor.sandbox_state()
+    monkeypatch.setenv("DISTILL_SANDBOX", "wishes")
+    assert "unknown isolation 'wishes'" in doctor.sandbox_state()
+
+
 def test_gpus_count():
     assert not any("GPU" in line for line in missing(Machine(16, 128 * GIB, 99 * GIB, 16, [H100]))["one GPU"])
     assert not any("GPU" in line for line in missing(Machine(16, 128 * GIB, 99 * GIB, 16, [H100] * 8))["cluster"])
