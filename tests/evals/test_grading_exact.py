@@ -78,7 +78,11 @@ def sequences(draw):
 def matrices(draw):
     kind = draw(st.sampled_from(["pmatrix", "bmatrix"]))
     rows, columns = draw(st.sampled_from([(1, 2), (2, 1), (2, 2)]))
-    cells = [[draw(numbers()).strip(" $+") for _ in range(columns)] for _ in range(rows)]
+    # Without separators of thousands: of a matrix with one, math-verify reads the last number alone.
+    cells = [
+        [re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", "", draw(numbers()).strip(" $+")) for _ in range(columns)]
+        for _ in range(rows)
+    ]
     body = r" \\ ".join(" & ".join(row) for row in cells)
     return f"\\begin{{{kind}}} {body} \\end{{{kind}}}"
 

@@ -223,7 +223,7 @@ def test_a_long_prompt_holds_nobody_up(server):
             assert probe.get("/health").status_code == 200
             answers += 1
     assert error_of(refused.result())["code"] == "context_length_exceeded"
-    assert answers >= 10  # a handful if the event loop did the work
+    assert answers >= 3  # one before and one after, if the event loop did the work
 
 
 def wait_for(condition, seconds=20):
