@@ -8,6 +8,7 @@ sizes, which a graph cannot.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class GraphRunner(TorchRunner):
     def __init__(self, model: DeepseekV3, cache: LatentCache) -> None:
         super().__init__(model, cache)
         self._graphs: dict[tuple[str, int, int, int], _Graph] = {}
+        # One for all recordings: they run one after the other, and what one leaves is copied before the next.
+        self._memory = torch.cuda.graph_pool_handle()
 
     def extend(self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor) -> Tensor:
         if tokens_BT.shape[1] > _MOST_NEW:
@@ -44,7 +47,7 @@ class GraphRunner(TorchRunner):
         rows, new, pages = inputs[0].shape[0], inputs[0].shape[1], inputs[2].shape[1]
         key = name, _power_of_two(rows), new, _power_of_two(pages)
         if key not in self._graphs:
-            self._graphs[key] = _Graph(work, key[1], key[3], inputs)
+            self._graphs[key] = _Graph(work, key[1], key[3], inputs, self._memory)
         # A copy: the graph's own output is overwritten by the next replay.
         return self._graphs[key].replay(inputs)[:rows].clone()
 
@@ -52,7 +55,9 @@ class GraphRunner(TorchRunner):
 class _Graph:
     """One recording, with the inputs and the output that it reads and writes."""
 
-    def __init__(self, work: Callable[..., Tensor], rows: int, pages: int, like: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, work: Callable[..., Tensor], rows: int, pages: int, like: tuple[Tensor, ...], memory: Any
+    ) -> None:
         self._inputs = [x.new_zeros(rows, *x.shape[1:]) for x in like]
         self._inputs[2] = like[2].new_zeros(rows, pages)
         self._inputs[1].fill_(-1)  # all padding: recording leaves no trace in the cache
@@ -63,7 +68,7 @@ class _Graph:
                 work(*self._inputs)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=memory):
             self._output = work(*self._inputs)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
