@@ -126,6 +126,12 @@ def test_matrices_never_get_the_opposite_of_math_verify(answer, reference):
     assert exactly_equal(reference, reference) is True
 
 
+def test_separators_of_thousands_in_matrices_are_read_where_math_verify_reads_the_last_number_alone():
+    reference = r"\begin{pmatrix} 2{,}000 & \dfrac{0}{1} \end{pmatrix}"
+    assert exactly_equal(r"\begin{pmatrix} 2,000 & 0 \end{pmatrix}", reference) is True
+    assert exactly_equal(r"\begin{pmatrix} 1,000 & 2 \end{pmatrix}", reference) is False
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_any_text_is_compared_without_an_exception(answer, reference):

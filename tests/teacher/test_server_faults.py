@@ -214,8 +214,8 @@ def test_a_client_that_hangs_up_frees_its_place(stream):
 
 
 def test_a_long_prompt_holds_nobody_up(server):
-    """Half a megabyte is rendered and tokenised while others are answered."""
-    long = CHAT | {"messages": [{"role": "user", "content": "many words " * 40_000}]}
+    """Two megabytes are rendered and tokenised while others are answered."""
+    long = CHAT | {"messages": [{"role": "user", "content": "many words " * 200_000}]}
     with ThreadPoolExecutor(1) as thread, httpx2.Client(base_url=server.url) as probe:
         probe.get("/health")
         refused, answers = thread.submit(post, server, long), 0
@@ -223,7 +223,7 @@ def test_a_long_prompt_holds_nobody_up(server):
             assert probe.get("/health").status_code == 200
             answers += 1
     assert error_of(refused.result())["code"] == "context_length_exceeded"
-    assert answers >= 3  # one before and one after, if the event loop did the work
+    assert answers >= 10  # a handful if the event loop did the work
 
 
 def wait_for(condition, seconds=20):
