@@ -94,7 +94,7 @@ class EmbeddedTeacher:
     """A loaded model with its tokenizer and engine; see distill.records.TeacherBackend."""
 
     def __init__(self, teacher: "Teacher") -> None:
-        opened = open_model(teacher.model, teacher.dtype)
+        opened = open_model(teacher.model, teacher.dtype or "float32")
         if not opened.tokenizer.chat_template:
             raise UserError(f"{opened.folder}: the tokenizer has no chat template, so the teacher cannot be asked")
         self.id = teacher_id(teacher.model)

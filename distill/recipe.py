@@ -29,28 +29,15 @@ from distill.recipe_filters import ReadabilityFilter as ReadabilityFilter
 from distill.recipe_filters import ReflectionFilter as ReflectionFilter
 from distill.recipe_filters import RepetitionFilter as RepetitionFilter
 from distill.recipe_filters import default_filters as default_filters
+from distill.recipe_teacher import R1_INSTRUCTION as R1_INSTRUCTION
+from distill.recipe_teacher import Adaptive as Adaptive
+from distill.recipe_teacher import Budget as Budget
+from distill.recipe_teacher import Endpoint as Endpoint
+from distill.recipe_teacher import Sampling as Sampling
+from distill.recipe_teacher import Teacher as Teacher
+from distill.recipe_teacher import Vllm as Vllm
 
 Baseline = Literal["base", "answers_only"]
-R1_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
-
-class Teacher(Section):
-    kind: Literal["embedded", "recorded"] = Field(
-        "embedded", description="'embedded': our own engine, in this process; 'recorded': whoever wrote `traces`."
-    )
-    model: str = Field(min_length=1, description="A shipped model's name or a checkpoint folder.")
-    batch_size: int = Field(256, ge=1, le=65536, description="Samples decoded at once.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Numeric type of weights and activations.")
-
-
-class Sampling(Section):
-    samples: int = Field(ge=1, le=10000, description="Traces sampled a problem.")
-    temperature: float = Field(0.6, ge=0, le=2, description="0 is greedy; R1's published setting is 0.6.")
-    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus size; R1's published setting is 0.95.")
-    max_tokens: int = Field(
-        32768, ge=1, description="Most tokens generated a sample; longer ones are truncated, marked and kept."
-    )
-    instruction: str = Field(R1_INSTRUCTION, description="Appended to the problem after a newline; empty for none.")
 
 
 class Lora(Section):
@@ -122,6 +109,7 @@ class Recipe(Section):
     problems: ProblemSource = Field(description="Problems the teacher solves.")
     teacher: Teacher = Field(description="Who writes the traces.")
     sampling: Sampling = Field(description="How the teacher is sampled.")
+    budget: Budget = Field(default_factory=Budget, description="What the traces may cost; the stage stops there.")
     traces: Annotated[list[ForeignTraces], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Traces that others made, instead of problems, teacher and sampling."
     )

@@ -4,7 +4,7 @@ Lines of the run folder's files are plain typed dictionaries, because other tool
 passes between the trace stage and a teacher is not on disk in that form, hence dataclasses.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
@@ -106,11 +106,25 @@ class Ask:
     top_p: float
     max_tokens: int
     seed: int
+    logprobs: int = 0  # likeliest tokens to keep at each position
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """The teacher's likeliest tokens at each of T generated positions, likeliest first, K of them."""
+
+    tokens: Sequence[Sequence[int | str]]  # (T, K): ids where the teacher gives them, else the tokens' text
+    logprobs: Sequence[Sequence[float]]  # (T, K)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came of an Ask; every Ask gets exactly one, in any order. Token counts are 0 where nothing was sent."""
+    """What came of an Ask; every Ask gets exactly one, in any order. Token counts are 0 where nothing was sent.
+
+    finish_reason: "stop"; "length"; "prompt_too_long" (the context overflows); "content_filter"; "refusal"; "empty";
+    "invalid_utf8"; these are outcomes, recorded and not asked again. "failed": nothing came in all attempts, `error`
+    says what happened last; that is not recorded as a trace, and the next start asks again.
+    """
 
     id: str
     text: str  # what was generated after the prompt, without the end-of-sequence token
@@ -118,8 +132,34 @@ class Reply:
     prompt_tokens: int
     reasoning_tokens: int  # up to and with the closing </think>
     answer_tokens: int
-    seconds: float
-    cost: float = 0.0
+    seconds: float  # of the attempt that brought it
+    cost: float = 0.0  # of all attempts
+    attempts: int = 1
+    endpoint: str | None = None  # where it came from, if there are several
+    error: str | None = None  # of "failed": the kind ("timeout", "http_500", "bad_json", ...) and what was said
+    logprobs: TopLogprobs | None = None
+
+
+class EndpointState(NamedTuple):
+    """How one endpoint stands, for the live display and the manifest."""
+
+    in_flight: int
+    limit: int  # requests in flight that it is given at present
+    up: bool
+    errors: Mapping[str, int]  # failed attempts by kind, since the start
+
+
+class Asks(Protocol):
+    """Where a teacher gets its work from. What comes may depend on what was answered, so it is not a plain list."""
+
+    def take(self, most: int) -> list[Ask]:
+        """Up to `most` asks, at once; fewer: there are no more for now."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether take() will never bring anything again: finish what is in flight, and end."""
+        ...
 
 
 class TeacherBackend(Protocol):
@@ -127,6 +167,13 @@ class TeacherBackend(Protocol):
 
     id: str  # "<name>@<12 hex>": equal ids mean the same weights, configuration and tokenizer
 
-    def generate(self, asks: Iterable[Ask]) -> Iterator[Reply]:
-        """Yield each reply as it finishes; `asks` is drawn from as there is room for more."""
+    def generate(self, asks: Asks) -> Iterator[list[Reply]]:
+        """Yield replies as they finish, in batches; an empty batch at least every 0.2 s, for the stage to do its work.
+
+        Ends when `asks` is closed and nothing is in flight. Closing the generator gives up what is in flight at once.
+        """
+        ...
+
+    def states(self) -> Mapping[str, EndpointState]:
+        """By endpoint; of a teacher in this process one entry."""
         ...
