@@ -1,0 +1,1 @@
+"""Making traces: what to ask, what came of it, what it cost."""
