@@ -2,9 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 PLAIN_EVERY_SECONDS = 5.0
 BEAT_EVERY_SECONDS = 2.0
@@ -24,6 +27,8 @@ class Progress:
         self._resumed = done
         self._beat = beat
         self._fields: dict[str, Any] = {}
+        self._rate: float | None = None
+        self._below: Sequence[str] = ()
         self._bar: Any = None
         self._printed: int | None = None
         self._start = self._last_line = self._last_beat = time.monotonic()
@@ -51,20 +56,29 @@ class Progress:
         self._fields.update(fields)
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, text=self._text(now))
+            self._bar.update(self._task, completed=self.done, total=self.total, text=self._text(now))
         elif now - self._last_line >= PLAIN_EVERY_SECONDS:
             self._print_line()
         if self._beat is not None and now - self._last_beat >= BEAT_EVERY_SECONDS:
             self._last_beat = now
             self._beat()
 
+    @property
+    def on_terminal(self) -> bool:
+        return self._bar is not None
+
+    def tell(self, rate: float | None, below: Sequence[str]) -> None:
+        """From the next advance() on: the rate to show and to take the ETA from, where the caller knows a better one
+        than the mean since the start; and what to say besides, in lines below the bar or on the plain line."""
+        self._rate, self._below = rate, below
+
     def line(self, now: float) -> str:
         count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
-        return f"{self.stage}  {count} {self.unit}  {self._text(now)}"
+        return "  ".join([f"{self.stage}  {count} {self.unit}  {self._text(now)}", *self._below])
 
     def _text(self, now: float) -> str:
         elapsed = max(now - self._start, 1e-9)
-        rate = (self.done - self._resumed) / elapsed
+        rate = (self.done - self._resumed) / elapsed if self._rate is None else self._rate
         parts = [f"{rate:.3g}/s" if rate < 1000 else f"{rate:.0f}/s"]
         if self.total is not None:
             left = max(self.total - self.done, 0)
@@ -83,8 +97,17 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
+        from rich.text import Text
 
-        self._bar = RichProgress(
+        shown = self
+
+        class Bar(RichProgress):
+            def get_renderables(self) -> "Iterator[RenderableType]":
+                yield self.make_tasks_table(self.tasks)
+                for line in shown._below:
+                    yield Text(" " * 9 + line, no_wrap=True, overflow="ellipsis")
+
+        self._bar = Bar(
             TextColumn("[bold]{task.description:<8}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),

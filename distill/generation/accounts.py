@@ -5,15 +5,24 @@ nothing of it. What they do not say (time, throughput, errors, failures) is kept
 every few seconds: a kill loses those seconds of it.
 """
 
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from distill.generation.live import Standing, lines
+from distill.generation.record import Record
+from distill.generation.throughput import Amount, Recent
 from distill.generation.totals import Totals
 from distill.records import EndpointState, Reply
 
 if TYPE_CHECKING:
+    from distill.recipe import Teacher
     from distill.runfolder import RunFolder
+
+_SHOW_SECONDS = 0.2
+_SAVE_SECONDS = 5.0
 
 
 class Spent(NamedTuple):
@@ -42,38 +51,151 @@ class Accounts:
     def __init__(
         self, run: "RunFolder", wanted: int, done: int, *, before: Totals | None = None, name: str = "accounts.json"
     ) -> None:
-        raise NotImplementedError
+        self._path = run.path("traces", name)
+        self._record = Record.load(self._path)
+        if before is not None:
+            self._record.totals = before
+        sums = self._record.totals.all()
+        self._cost = sums.cost + self._record.failed_cost
+        self._amount = Amount(sums.finished, sums.prompt_tokens, sums.completion_tokens)
+        self._earlier = {name: Counter(kinds) for name, kinds in self._record.errors.items()}
+        self._states: Mapping[str, EndpointState] = {}
+        self._gpus = gpus(run.recipe.teacher)
+        self._progress = run.progress("traces", wanted, "traces", done=done)
+        self._wanted, self._done = wanted, done
+        self._unshown = 0
 
     def __enter__(self) -> "Accounts":
-        raise NotImplementedError
+        self._record.starts += self._wanted > self._done
+        self._now = self._shown = self._saved = time.monotonic()
+        self._counted = self._amount
+        self._recent = Recent(self._now, self._amount)
+        self._progress.__enter__()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        raise NotImplementedError
+        self._pass_time()
+        try:
+            self._show()
+        finally:
+            self._progress.__exit__(kind, error, trace)
+        if kind is None or not issubclass(kind, OSError):  # a full disk is told of once
+            self._save()
 
     def add(self, replies: Iterable[Reply]) -> None:
         """Count replies that are on the disk, those that `failed` too."""
-        raise NotImplementedError
+        of, record = self._record.totals.of, self._record
+        finished = prompt = completion = 0
+        for reply in replies:
+            self._cost += reply.cost
+            if reply.finish_reason == "failed":
+                record.failed[error_kind(reply.error)] += 1
+                record.failed_cost += reply.cost
+                continue
+            tokens = reply.reasoning_tokens + reply.answer_tokens
+            of(reply.endpoint).count(
+                reply.finish_reason, reply.prompt_tokens, tokens, reply.seconds, reply.cost, reply.attempts
+            )
+            finished += 1
+            prompt += reply.prompt_tokens
+            completion += tokens
+        before = self._amount
+        self._amount = Amount(
+            before.finished + finished, before.prompt_tokens + prompt, before.completion_tokens + completion
+        )
+        self._done += finished
+        self._unshown += finished
 
     def expect(self, wanted: int) -> None:
         """The plan has grown or shrunk (adaptive sampling)."""
-        raise NotImplementedError
+        self._wanted = self._progress.total = wanted
 
     def graded(self, right: int, wrong: int) -> None:
         """So many more traces were verified; `wrong` with those that could not be."""
-        raise NotImplementedError
+        self._record.right += right
+        self._record.wrong += wrong
 
     def tick(self, states: Mapping[str, EndpointState]) -> None:
-        """Show how things stand and, every few seconds, write it down. Call it at least every 0.2 s."""
-        raise NotImplementedError
+        """Show how things stand and, every few seconds, write it down. Call it at least every 0.2 s.
+
+        Raises OSError if accounts.json cannot be written.
+        """
+        self._states = states
+        now = time.monotonic()
+        if now - self._shown < _SHOW_SECONDS:
+            return
+        self._shown = now
+        self._pass_time()
+        self._show()
+        if now - self._saved >= _SAVE_SECONDS:
+            self._save()
+            self._saved = time.monotonic()
 
     @property
     def spent(self) -> Spent:
         """Cheap; may be asked at every tick."""
-        raise NotImplementedError
+        hours = (self._record.wall_seconds + time.monotonic() - self._now) / 3600
+        return Spent(self._cost, self._amount.prompt_tokens + self._amount.completion_tokens, hours)
 
     def facts(self, totals: Totals | None = None) -> dict[str, Any]:
         """For the manifest, under the stage's "generation". `totals`: sums over the lines of all current traces,
         which the caller makes while it writes the table: `totals.trace(row)` for each."""
-        raise NotImplementedError
+        if totals is not None:
+            self._record.totals = totals
+            self._save()
+        return self._record.facts()
+
+    def _pass_time(self) -> None:
+        """Book what happened since the last time, at the end of that time."""
+        now = time.monotonic()
+        record = self._record
+        record.wall_seconds += now - self._now
+        record.gpu_seconds += self._gpus * (now - self._now)
+        self._now = now
+        news = Amount(*(a - b for a, b in zip(self._amount, self._counted, strict=True)))
+        self._counted = self._amount
+        if record.starts:
+            record.throughput.count(record.wall_seconds, news)
+        self._recent.mark(now, self._amount)
+        for name, state in self._states.items():
+            record.errors[name] = self._earlier.get(name, Counter()) + Counter(state.errors)
+            record.limits[name] = state.limit
+
+    def _show(self) -> None:
+        finished, prompt, completion = self._recent.rates(self._now, self._amount)
+        standing = Standing(
+            prompt, completion, self._record.right, self._record.wrong, self._cost, self._cost_at_the_end(),
+            self._states, self._record.failed.total(),
+        )  # fmt: skip
+        self._progress.tell(finished, lines(standing, brief=not self._progress.on_terminal))
+        self._progress.advance(self._unshown)
+        self._unshown = 0
+
+    def _cost_at_the_end(self) -> float:
+        """What is still to come costs what a sample cost so far."""
+        finished = self._amount.finished
+        return self._cost + max(self._wanted - self._done, 0) * self._cost / finished if finished else self._cost
+
+    def _save(self) -> None:
+        self._record.save(self._path)
+
+
+def error_kind(error: str | None) -> str:
+    """'http_500' of 'http_500: upstream timed out'."""
+    return (error or "unknown").split(":")[0].strip() or "unknown"
+
+
+def gpus(teacher: "Teacher") -> float:
+    """How many GPUs generation keeps busy: those behind the endpoints, or of this machine those that are used."""
+    if teacher.kind == "endpoint":
+        return sum(endpoint.gpus for endpoint in teacher.endpoints)
+    if teacher.kind != "vllm":
+        return 0.0  # our engine, as the embedded teacher, runs on the CPU
+    import torch
+
+    settings, machine = teacher.vllm, torch.cuda.device_count()
+    if not machine or settings.tensor_parallel is None:
+        return float(machine)
+    return float(settings.tensor_parallel * settings.pipeline_parallel * settings.data_parallel)
