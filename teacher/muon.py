@@ -8,7 +8,8 @@ torch.optim.Muon takes single matrices only; the experts of a layer are one stac
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
+
+from teacher.adamw import adamw_step
 
 # Coefficients of the quintic iteration that brings all singular values near 1 in five rounds.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -43,9 +44,11 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         weight_decay: float,
+        moments: torch.dtype = torch.float32,
     ) -> None:
         groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        self.moments = moments
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -56,40 +59,15 @@ class MuonAdamW(torch.optim.Optimizer):
                 for parameter in parameters:
                     self._muon(parameter, group["lr"], group["weight_decay"])
             else:
-                self._adamw(parameters, group["lr"], group["betas"])
+                adamw_step(parameters, self.state, group["lr"], group["betas"], 0.0, self.moments)
 
     def _muon(self, parameter: Tensor, rate: float, weight_decay: float) -> None:
         state = self.state[parameter]
         if not state:
-            state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"] = torch.zeros_like(parameter, dtype=self.moments)
         assert parameter.grad is not None
-        state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
-        update = orthogonalise(parameter.grad.lerp(state["momentum"], _MOMENTUM))  # Nesterov
+        momentum = state["momentum"].float().lerp_(parameter.grad, 1 - _MOMENTUM)  # itself, if it is float32
+        state["momentum"].copy_(momentum)
+        update = orthogonalise(parameter.grad.lerp(momentum, _MOMENTUM))  # Nesterov
         parameter.mul_(1 - rate * weight_decay)
         parameter.add_(update, alpha=-rate * 0.2 * max(parameter.shape[-2:]) ** 0.5)
-
-    def _adamw(self, parameters: list[Tensor], rate: float, betas: tuple[float, float]) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=rate,
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
-        )

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from teacher import train_state
+from teacher.adamw import AdamW
 from teacher.balance import LoadBalance
 from teacher.batches import ExampleFn, MicroBatch, StepBatch, step_batches
+from teacher.fp8_training import fp8_products
 from teacher.model import DeepseekV3
 from teacher.muon import MuonAdamW
 from teacher.objective import Objective, Part, trained
@@ -82,7 +84,8 @@ def _prepared(model: DeepseekV3, settings: TrainSettings) -> Iterator[None]:
         parameter.requires_grad_(False)
     model.recompute = settings.recompute
     try:
-        yield
+        with fp8_products(model) if settings.fp8 else nullcontext():
+            yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -280,17 +283,21 @@ class _Run:
 
 
 def _optimizer(model: DeepseekV3, settings: TrainSettings) -> torch.optim.Optimizer:
+    moments: torch.dtype = getattr(torch, settings.moments)
     if settings.optimizer == "muon":
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
         embeddings |= {id(model.lm_head.weight)}
         hidden = [p for p in trained(model) if p.dim() >= 2 and id(p) not in embeddings]
         others = [p for p in trained(model) if p.dim() < 2 or id(p) in embeddings]
         return MuonAdamW(
-            hidden, others, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-        )
+            hidden, others, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay,
+            moments=moments,
+        )  # fmt: skip
     matrices = [p for p in trained(model) if p.dim() >= 2]
     vectors = [p for p in trained(model) if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if moments != torch.float32:
+        return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, moments=moments)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
 

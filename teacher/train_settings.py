@@ -67,6 +67,10 @@ class TrainSettings:
     """Activation checkpointing: a layer keeps only its input, and runs again when its gradient is taken."""
     bf16: bool = False
     """bfloat16 autocast over float32 master weights. Pays on a GPU, and on a CPU with matrix units (AMX)."""
+    fp8: bool = False
+    """The projections' products, forward and backward, in block FP8: teacher.fp8_training (V3 section 3.3)."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """What the optimizer keeps its averages in; V3 section 3.3.3 takes bfloat16."""
     eval_every: int = 0
     """Steps between calls of the eval hook; 0: only after the last step."""
     checkpoint_every: int = 200
@@ -88,6 +92,10 @@ class TrainSettings:
         _require(self.learning_rate > 0, self, "learning_rate", "above 0")
         _require(self.optimizer in ("adamw", "muon"), self, "optimizer", "adamw or muon")
         _require(self.schedule in get_args(Schedule), self, "schedule", f"one of {', '.join(get_args(Schedule))}")
+        _require(self.moments in ("float32", "bfloat16"), self, "moments", "float32 or bfloat16")
+        if self.moments == "bfloat16":
+            # A step of less than 2^-9 of the average is rounded away: it would stand still.
+            _require(max(self.betas) <= 0.99, self, "betas", "at most 0.99 where moments are bfloat16")
         _require(self.trainable in ("all", "mtp"), self, "trainable", "all or mtp")
         if self.trainable == "mtp":
             for name in ("mtp_weight", "mtp_weight_late"):

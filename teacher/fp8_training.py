@@ -1,0 +1,139 @@
+"""Training with FP8 products, as DeepSeek-V3 did (arXiv 2412.19437 section 3.3).
+
+The forward product of every projection in attention, feed-forward and experts, and both of its gradients, take e4m3
+operands: activations and their gradients in tiles of 1 x 128, weights in blocks of 128 x 128 (gradients in blocks of
+128 x 128 diverged in the paper's appendix B.2). What a layer keeps for its backward pass is its FP8 input, which the
+gradient of the weight, a sum over tokens, takes apart and quantises anew in tiles of 128 x 1.
+Embedding, head, router, norms, MTP's joining projection and the softmax of attention stay as they are; weights are
+float32 masters, of which the forward pass quantises a copy; their gradients are float32.
+
+Shapes: N tokens, K and O columns of input and output, E experts, R rows of the experts' layout, I expert intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teacher import fp8_products as fp8
+from teacher.checkpoint import is_fp8_matrix
+from teacher.experts import Experts, expert_layout
+from teacher.fp8_products import Quantized
+from teacher.routing import Routing
+
+_TILE = 128  # rows: no tile along tokens may hold two experts
+
+
+class _Linear(torch.autograd.Function):
+    """x w^T with all three products in FP8."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NK: Tensor, weight_OK: Tensor) -> Tensor:
+        x, w = fp8.along_columns(x_NK), fp8.weight(weight_OK)
+        ctx.save_for_backward(*x[:2], *w[:2])
+        return fp8.product(x, w).to(x_NK.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = _saved(ctx)
+        dx_NK = dw_OK = None
+        if ctx.needs_input_grad[0]:
+            dx_NK = fp8.product(fp8.along_columns(dy_NO), w.transposed()).to(dy_NO.dtype)
+        if ctx.needs_input_grad[1]:
+            dw_OK = fp8.weight_product(fp8.along_tokens(dy_NO), fp8.along_tokens(x.dequantized()))
+        return dx_NK, dw_OK
+
+
+class _Grouped(torch.autograd.Function):
+    """The same for rows sorted by expert: `ends_E` says where each expert's end, at multiples of 128."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RK: Tensor, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
+        x, w = fp8.along_columns(x_RK), fp8.weight(weight_EOK)
+        ctx.save_for_backward(*x[:2], *w[:2], ends_E)
+        return fp8.grouped_product(x, w, ends_E).to(x_RK.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x, w), ends_E = _saved(ctx), ctx.saved_tensors[4]
+        dx_RK = dw_EOK = None
+        if ctx.needs_input_grad[0]:
+            dx_RK = fp8.grouped_product(fp8.along_columns(dy_RO), w.transposed(), ends_E).to(dy_RO.dtype)
+        if ctx.needs_input_grad[1]:
+            dw_EOK = fp8.grouped_weight_product(fp8.along_tokens(dy_RO), fp8.along_tokens(x.dequantized()), ends_E)
+        return dx_RK, dw_EOK, None
+
+
+def _saved(ctx: Any) -> tuple[Quantized, Quantized]:
+    x_values, x_scale, w_values, w_scale = ctx.saved_tensors[:4]
+    return Quantized(x_values, x_scale, fp8.ACTIVATION_BLOCK), Quantized(w_values, w_scale, fp8.WEIGHT_BLOCK)
+
+
+def linear(x: Tensor, weight_OK: Tensor) -> Tensor:
+    """x (..., K) times weight^T: (..., O) in x's dtype, or autocast's; the weight's gradient is float32."""
+    x = _autocast(x)
+    with torch.autocast(x.device.type, enabled=False):
+        y_NO: Tensor = _Linear.apply(x.flatten(0, -2), weight_OK)
+    return y_NO.unflatten(0, x.shape[:-1])
+
+
+def experts(x_NH: Tensor, routing: Routing, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
+    """`teacher.experts.grouped_experts` in FP8: both products of all experts, SwiGLU between them as it was.
+
+    Each expert's rows are filled up to a multiple of 128 with zeros, which neither a scale nor a product sees.
+    """
+    x_NH = _autocast(x_NH)
+    with torch.autocast(x_NH.device.type, enabled=False):
+        layout = expert_layout(routing.indices_NK, gate_up_E2IH.shape[0], _TILE)
+        used_R = torch.zeros_like(layout.token_R, dtype=torch.bool).index_fill_(0, layout.row_NK.flatten(), True)
+        rows_RH = x_NH.index_select(0, layout.token_R) * used_R.unsqueeze(1)
+        gate_RI, up_RI = _Grouped.apply(rows_RH, gate_up_E2IH, layout.ends_E).chunk(2, dim=-1)
+        out_RH = _Grouped.apply(F.silu(gate_RI) * up_RI, down_EHI, layout.ends_E)
+        out_NKH = out_RH.index_select(0, layout.row_NK.flatten()).unflatten(0, routing.indices_NK.shape)
+        return torch.bmm(routing.weights_NK.to(out_NKH.dtype).unsqueeze(1), out_NKH).squeeze(1)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class Fp8Linear(nn.Linear):
+    """A projection whose products are FP8's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Fp8Experts(Experts):
+    """Routed experts whose products are FP8's."""
+
+    def forward(self, x_NH: Tensor, routing: Routing) -> Tensor:
+        return experts(x_NH, routing, self.gate_up_proj, self.down_proj)
+
+
+@contextmanager
+def fp8_products(model: nn.Module) -> Iterator[None]:
+    """Within, the model's projections multiply in FP8: those that an FP8 checkpoint stores so (`is_fp8_matrix`).
+
+    Modules change their class and nothing else, so that parameters, their names and an optimizer's hold on them stay.
+    """
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and is_fp8_matrix(name + ".weight"):
+            changed.append((module, nn.Linear))
+            module.__class__ = Fp8Linear
+        elif type(module) is Experts:
+            changed.append((module, Experts))
+            module.__class__ = Fp8Experts
+    try:
+        yield
+    finally:
+        for module, own in changed:
+            module.__class__ = own
