@@ -60,7 +60,8 @@ def prepare(path: Path, recipe: str, tokens: int) -> None:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     example = Examples(problems, tokenizer)
     ids: list[int] = []
-    starts, ends = [], []
+    starts: list[int] = []
+    ends: list[int] = []
     while len(ids) < tokens:
         one = example(len(ends))
         ids += one["input_ids"]
