@@ -115,6 +115,7 @@ class TopLogprobs:
 
     tokens: Sequence[Sequence[int | str]]  # (T, K): ids where the teacher gives them, else the tokens' text
     logprobs: Sequence[Sequence[float]]  # (T, K)
+    chosen: Sequence[int | str] = ()  # (T,) the tokens that were generated, where the teacher tells them
 
 
 @dataclass(frozen=True, slots=True)

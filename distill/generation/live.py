@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from distill.records import EndpointState
 
+_WIDTH = 71  # of 80 columns, what Progress leaves beside its indent
+
 
 class Standing(NamedTuple):
     prompt_rate: float  # tokens a second, over a recent window
@@ -18,7 +20,10 @@ class Standing(NamedTuple):
 
 
 def lines(standing: Standing, *, brief: bool) -> list[str]:
-    """What there is to say; nothing of what is zero. Each endpoint has a line, or with `brief` a few words of one."""
+    """What there is to say, nothing of what is zero, in lines that fit below a bar on 80 columns.
+
+    Of several endpoints each has a line; with `brief` all are words on one.
+    """
     said = [f"in {short(standing.prompt_rate)}, out {short(standing.completion_rate)} tokens/s"]
     if standing.right or standing.wrong:
         said.append(f"{standing.right}/{standing.right + standing.wrong} right")
@@ -26,19 +31,28 @@ def lines(standing: Standing, *, brief: bool) -> list[str]:
         said.append(f"{standing.failed} failed")
     if standing.cost:
         said.append(f"cost {standing.cost:.2f}, {standing.cost_at_the_end:.2f} at the end")
-    if len(standing.endpoints) > 1 and not brief:
-        width = max(len(host(name)) for name in standing.endpoints)
-        each = [f"{host(name):<{width}}  {_endpoint(state)}" for name, state in standing.endpoints.items()]
-        return ["  ".join(said), *each]
-    several = len(standing.endpoints) > 1
-    each = [f"{host(name)} " * several + _endpoint(state) for name, state in standing.endpoints.items()]
-    return ["  ".join(said), *([", ".join(each)] if each else [])]
+    if len(standing.endpoints) <= 1:
+        return _filled(said + [words for state in standing.endpoints.values() for words in _endpoint(state)])
+    width = 0 if brief else max(len(host(name)) for name in standing.endpoints)
+    each = [f"{host(name):<{width}}  {'  '.join(_endpoint(state))}" for name, state in standing.endpoints.items()]
+    return [*_filled(said), *([", ".join(each)] if brief else each)]
 
 
-def _endpoint(state: EndpointState) -> str:
+def _filled(parts: list[str]) -> list[str]:
+    """The parts on as few lines as hold them."""
+    filled: list[str] = []
+    for part in parts:
+        if filled and len(filled[-1]) + 2 + len(part) <= _WIDTH:
+            filled[-1] += f"  {part}"
+        else:
+            filled.append(part)
+    return filled
+
+
+def _endpoint(state: EndpointState) -> list[str]:
     at_work = f"{state.in_flight}/{state.limit} in flight" if state.up else f"DOWN ({state.in_flight} in flight)"
     errors = sorted(state.errors.items(), key=lambda item: -item[1])
-    return "  ".join([at_work, *(f"{kind} {count}" for kind, count in errors if count)])
+    return [at_work, *(f"{kind} {count}" for kind, count in errors if count)]
 
 
 def host(endpoint: str) -> str:

@@ -100,7 +100,10 @@ class Record:
         return facts
 
     def _endpoints(self) -> dict[str, Any]:
-        names = [name for name in self.totals.parts if name is not None]
+        parts = dict(self.totals.parts)
+        if len(self.errors) == 1 and parts.keys() == {None}:  # traces name their endpoint only where there are several
+            parts = {name: parts[None] for name in self.errors}
+        names = [name for name in parts if name is not None]
         names += [name for name in self.errors if name not in names]
         return {
             name: {
@@ -110,7 +113,7 @@ class Record:
                 "limit": self.limits.get(name),
             }
             for name in names
-            for sums in [self.totals.parts.get(name) or Sums()]
+            for sums in [parts.get(name) or Sums()]
         }
 
 
