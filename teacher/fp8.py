@@ -42,7 +42,8 @@ def quantize(x_RC: Tensor, block: tuple[int, int] = WEIGHT_BLOCK, power_of_two: 
     padded = F.pad(x_RC.float(), (0, c * block[1] - columns, 0, r * block[0] - rows))
     blocks = padded.view(r, block[0], c, block[1])
     amax_rc = blocks.abs().amax(dim=(1, 3))
-    scale_rc = (amax_rc / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    # By a tensor: divided by a number, torch on CUDA multiplies by its reciprocal, which is not always the same.
+    scale_rc = (amax_rc / amax_rc.new_full((), FP8_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
     if power_of_two:
         mantissa_rc, exponent_rc = torch.frexp(scale_rc)  # mantissa in [0.5, 1)
         scale_rc = torch.ldexp(torch.ones_like(scale_rc), exponent_rc - (mantissa_rc == 0.5).int())

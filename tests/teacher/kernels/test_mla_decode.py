@@ -1,0 +1,227 @@
+"""MLA decode against fp32 truth. Whatever the kernel must not read is NaN: other pages, the rest of last pages, page 0."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from teacher.kernels.mla_cache import pack, row_bytes, unpack
+from teacher.kernels.mla_decode import CONFIGS, Config, choose_splits, mla_decode
+from teacher.kernels.mla_reference import mla_decode_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# bf16: weights rounded to 2^-9 and the output to 2^-9 (the interpreter cuts off instead of rounding: 2^-8).
+BOUND = 6e-3
+
+
+class Case:
+    """Random queries over a paged cache of `lengths` tokens; the newest `tokens` of each sequence ask."""
+
+    def __init__(self, lengths, heads, tokens=1, rank=512, rope=64, page_size=64, fp8=False, seed=0, spread=1.0):
+        draw = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=draw)
+
+        rows, self.rank, self.rope, self.scale = len(lengths), rank, rope, 1 / (rank + rope) ** 0.5
+        most = -(-max(lengths) // page_size)
+        numbers = list(range(1, 1 + rows * most + 3))
+        random.Random(seed).shuffle(numbers)
+        self.table_BP = torch.zeros(rows, most, dtype=torch.int32)
+        # What the latents are before any cache rounds them; a few tokens weigh most, as in trained models.
+        self.latent_BSC = (normal(rows, most * page_size, rank + rope) * spread).bfloat16()
+        width = row_bytes(rank, rope) if fp8 else rank + rope
+        cache = torch.full((len(numbers) + 1, page_size, width), float("nan"), dtype=torch.bfloat16)
+        if fp8:
+            cache = torch.full(cache.shape, 0xFF, dtype=torch.uint8)  # NaN in each of the three formats
+        for row, length in enumerate(lengths):
+            used = -(-length // page_size)
+            pages = [numbers.pop() for _ in range(used)]
+            self.table_BP[row, :used] = torch.tensor(pages)
+            rows_SW = pack(self.latent_BSC[row, :length], rank) if fp8 else self.latent_BSC[row, :length]
+            for start, page in zip(range(0, length, page_size), pages, strict=True):
+                part = rows_SW[start : start + page_size]
+                cache[page, : len(part)] = part
+        self.cache_PGW = cache.to(DEVICE)
+        self.table_BP = self.table_BP.to(DEVICE)
+        self.position_BT = torch.stack([torch.arange(n - tokens, n).clamp_min(-1) for n in lengths]).to(DEVICE)
+        self.q_latent = (normal(rows, tokens, heads, rank) * 3).bfloat16().to(DEVICE)
+        self.q_rope = (normal(rows, tokens, heads, rope) * 3).bfloat16().to(DEVICE)
+
+    def run(self, **options):
+        out = torch.full(self.q_latent.shape, float("nan"), dtype=options.pop("dtype", torch.bfloat16), device=DEVICE)
+        arguments = self.q_latent, self.q_rope, self.cache_PGW, self.table_BP, self.position_BT, self.scale
+        return mla_decode(*arguments, out=out, **options)
+
+    def reference(self, first_B=None):
+        """What the kernel should compute from the bytes of the cache."""
+        return mla_decode_reference(
+            self.q_latent, self.q_rope, self.cache_PGW, self.table_BP, self.position_BT, self.scale, first_B
+        )
+
+    def truth(self):
+        """What no cache had rounded."""
+        latents = self.latent_BSC.to(DEVICE).float()
+        seen_BTS = torch.arange(latents.shape[1], device=DEVICE) <= self.position_BT.unsqueeze(-1)
+        query = torch.cat((self.q_latent, self.q_rope), -1).float()
+        scores = torch.einsum("bthc,bsc->bths", query, latents) * self.scale
+        weights = scores.masked_fill(~seen_BTS.unsqueeze(2), float("-inf")).softmax(-1)
+        return torch.einsum("bths,bsr->bthr", weights, latents[..., : self.rank])
+
+
+def error(found, expected):
+    expected = expected.float()
+    assert expected.abs().max() > 0
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+LENGTHS = [1, 63, 64, 65, 577, 1088]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("splits", [1, 5])
+def test_deepseeks_sizes_at_any_length(heads, splits, fp8):
+    case = Case(LENGTHS, heads, fp8=fp8)
+    assert error(case.run(splits=splits), case.reference()) < BOUND
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("tokens", [2, 3, 5])
+def test_new_tokens_are_causal_among_themselves(tokens, fp8):
+    case = Case([5, 64, 66, 200], 16, tokens, fp8=fp8)
+    found = case.run()
+    assert error(found, case.reference()) < BOUND
+    for row in range(4):  # alone, each token must see the same
+        for token in range(tokens):
+            assert error(found[row, token], case.reference()[row, token]) < 2 * BOUND
+
+
+@pytest.mark.parametrize(("rank", "rope", "heads"), [(512, 64, 4), (384, 64, 16), (128, 16, 20), (32, 16, 4), (16, 8, 2)])
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_other_ranks_and_page_sizes(rank, rope, heads, page_size, fp8):
+    case = Case([1, 17, 130, 90], heads, 2, rank, rope, page_size, fp8=fp8)
+    # Row 0 has one token for two queries: the first is padding.
+    assert case.position_BT[0].tolist() == [-1, 0]
+    found = case.run()
+    assert not found[0, 0].any()
+    assert error(found, case.reference()) < BOUND
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("block_n", [32, 64])
+def test_every_form_computes_the_same(block_n, swap, block_m, fp8):
+    if torch.cuda.is_available() and swap and block_n < 64:
+        pytest.skip("a swapped product of fewer than 64 keys is none for the tensor cores")
+    case = Case([1, 65, 333], block_m, fp8=fp8)
+    config = Config(block_n, 8 if block_m == 64 else 4, 1, swap, 1)
+    assert error(case.run(config=config, splits=2), case.reference()) < BOUND
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 200.0])
+def test_fp8_costs_what_quantisation_costs(spread):
+    """Against the unrounded truth at most 1.2 times the error of exact attention over the rounded cache."""
+    case = Case([700, 900], 16, fp8=True, spread=spread)
+    case.scale /= spread
+    truth = case.truth()
+    floor = error(case.reference(), truth)
+    assert 1e-3 < floor < 0.1
+    assert error(case.run(dtype=torch.float32), truth) < 1.2 * floor
+    assert error(case.run(dtype=torch.float32), case.reference()) < BOUND
+
+
+def test_scales_far_apart_between_tokens_and_tiles():
+    """An outlier in one token's one tile must not cost the others their digits, nor overflow."""
+    case = Case([300], 16, fp8=True)
+    latent_SC = case.latent_BSC[0, :300].float()
+    latent_SC[:, :128] *= torch.exp2(torch.linspace(-20, 12, 300)).unsqueeze(1)
+    latent_SC[7, 256:384] *= 2.0**14
+    case.q_latent *= 2.0**-13
+    rows = pack(latent_SC.bfloat16(), 512)
+    for number, page in enumerate(case.table_BP[0].tolist()):
+        part = rows[number * 64 : number * 64 + 64]
+        case.cache_PGW[page, : len(part)] = part.to(DEVICE)
+    assert unpack(rows, 512, 64).float().abs().max() > 65504  # fp16 could not hold it
+    assert error(case.run(), case.reference()) < BOUND
+
+
+@pytest.mark.parametrize("first", [0, 1, 64, 100])
+def test_nothing_before_first_is_read(first):
+    case = Case([130, 200], 4, 2, rank=32, rope=16, page_size=16)
+    for row in range(2):
+        for position in range(first):
+            case.cache_PGW[case.table_BP[row, position // 16], position % 16] = float("nan")
+    first_B = torch.full((2,), first, device=DEVICE)
+    for splits in (1, 3):
+        assert error(case.run(first_B=first_B, splits=splits), case.reference(first_B)) < BOUND
+
+
+def test_strided_queries_and_64_bit_tables():
+    case = Case([70, 65], 8, 2, rank=32, rope=16)
+    expected = case.run()
+    case.q_latent = case.q_latent.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    case.q_rope = torch.cat((case.q_rope, case.q_rope * float("nan")), -1)[..., :16]
+    case.table_BP = case.table_BP.long()
+    assert torch.equal(case.run(), expected)
+
+
+def test_more_splits_than_tiles():
+    case = Case([3, 64, 129], 16)
+    assert error(case.run(splits=16), case.reference()) < BOUND
+
+
+def test_nothing_to_do():
+    case = Case([5], 4, rank=32, rope=16)
+    empty = mla_decode(
+        case.q_latent[:0], case.q_rope[:0], case.cache_PGW, case.table_BP[:0], case.position_BT[:0], 1.0
+    )
+    assert empty.shape == (0, 1, 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"q_latent": torch.float16}, "q_latent is .* of torch.float16; expected .* bfloat16"),
+        ({"q_rope": torch.float32}, "q_rope is .* of torch.float32"),
+        ({"cache_PGW": torch.float16}, "it reads caches of bfloat16 or FP8 rows"),
+        ({"table_BP": torch.float32}, "table is .* of torch.float32; expected .* int32 or int64"),
+    ],
+)
+def test_wrong_dtypes_are_named(change, match):
+    case = Case([5], 4, rank=32, rope=16)
+    for name, dtype in change.items():
+        setattr(case, name, getattr(case, name).to(dtype))
+    with pytest.raises(ValueError, match=match):
+        case.run()
+
+
+def test_wrong_shapes_are_named():
+    case = Case([5], 4, rank=32, rope=16)
+    case.cache_PGW = case.cache_PGW[..., :40]
+    with pytest.raises(ValueError, match="cache is .* expected contiguous rows of 48"):
+        case.run()
+    case = Case([5, 6], 4, rank=32, rope=16, page_size=48)
+    with pytest.raises(ValueError, match="pages of a power of two of tokens, not 48"):
+        case.run()
+    case = Case([5, 6], 4, rank=32, rope=16)
+    case.table_BP = case.table_BP[:1]
+    with pytest.raises(ValueError, match=r"table is \(1, 1\)"):
+        case.run()
+
+
+def test_splits_fill_the_device():
+    assert choose_splits(128, 64, 132) == 1  # a wave that is nearly full is not worth a merge
+    assert choose_splits(64, 128, 132) == 2
+    assert choose_splits(1, 1, 132) == 1
+    for programs in (1, 3, 16, 100, 300):
+        for tiles in (1, 7, 64, 512):
+            assert 1 <= choose_splits(programs, tiles, 132) <= tiles
+
+
+def test_configs_cover_every_launch():
+    assert {(fp8, size) for fp8 in (False, True) for size in (16, 32, 64)} == set(CONFIGS)

@@ -1,0 +1,110 @@
+"""The quantisation kernels, bit for bit against their definition in teacher.fp8, interpreted and on a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from teacher.fp8 import ACTIVATION_BLOCK, FP8, WEIGHT_BLOCK, dequantize, quantize
+from teacher.kernels.quantize import quantize_activations, quantize_activations_transposed, quantize_weights
+
+SHAPES = [(1, 128), (129, 127), (577, 320), (3, 1088), (260, 5)]
+
+
+def heavy_tailed(shape, device, dtype=torch.float32):
+    """Values over many powers of two, with zeros among them, and each block with a scale of its own."""
+    x = torch.randn(shape) * torch.exp2(torch.randint(-12, 8, shape).float())
+    return x.masked_fill(torch.rand(shape) < 0.01, 0.0).to(device, dtype)
+
+
+def same(found, expected):
+    """Codes and scales equal, bit by bit."""
+    (values, scale), (wanted, wanted_scale) = found, expected
+    assert values.dtype == FP8 and values.shape == wanted.shape and scale.shape == wanted_scale.shape
+    assert torch.equal(scale, wanted_scale)
+    assert torch.equal(values.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+    assert wanted.float().abs().sum() > 0
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activations(shape, dtype, power_of_two, device):
+    x = heavy_tailed(shape, device, dtype)
+    same(quantize_activations(x, power_of_two=power_of_two), quantize(x, ACTIVATION_BLOCK, power_of_two))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_and_their_transpose(shape, power_of_two, device):
+    w = heavy_tailed(shape, device)
+    same(quantize_weights(w, power_of_two), quantize(w, WEIGHT_BLOCK, power_of_two))
+    same(quantize_weights(w, power_of_two, transposed=True), quantize(w.t(), WEIGHT_BLOCK, power_of_two))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transposed_activations_have_tiles_along_the_rows(shape, device):
+    x = heavy_tailed(shape, device)
+    same(quantize_activations_transposed(x), quantize(x.t(), ACTIVATION_BLOCK))
+
+
+def test_a_stack_is_its_matrices(device):
+    w = heavy_tailed((3, 200, 130), device)
+    for transposed in (False, True):
+        values, scale = quantize_weights(w, transposed=transposed)
+        for index, matrix in enumerate(w):
+            expected = quantize(matrix.t() if transposed else matrix, WEIGHT_BLOCK)
+            same((values[index], scale[index]), expected)
+
+
+def test_rows_are_gathered_and_a_view_is_read_by_its_stride(device):
+    wide = heavy_tailed((40, 600), device, torch.bfloat16)
+    x, source = wide[:, 100:356], torch.randint(40, (77,), dtype=torch.int32, device=device)
+    same(quantize_activations(x, source), quantize(x[source.long()], ACTIVATION_BLOCK))
+
+
+def test_ties_and_edges_round_to_even_and_saturate(device):
+    """Every midpoint between two codes, and its neighbours: where a quotient that is off by one bit shows."""
+    codes = torch.arange(0, 0x7E, dtype=torch.uint8).view(FP8).float()
+    middle = (codes[1:] + codes[:-1]) / 2
+    near = torch.cat([middle, middle.nextafter(torch.tensor(500.0)), middle.nextafter(torch.tensor(0.0)), -middle])
+    x = torch.zeros(len(near), 128)
+    x[:, 0] = 448.0  # the block's largest: its scale is 1, or 3 below
+    x[:, 1] = near
+    for factor in (1.0, 3.0, 1 / 3, 2.0**-20):
+        y = (x * factor).to(device)
+        same(quantize_activations(y), quantize(y, ACTIVATION_BLOCK))
+
+
+def test_zeros_tiny_huge_and_not_finite(device):
+    x = torch.zeros(4, 512)
+    x[0, 128], x[1, 256], x[2, 384] = 1e-45, 3e38, -1e-38
+    for power_of_two in (False, True):
+        values, scale = quantize_activations(x.to(device), power_of_two=power_of_two)
+        back = dequantize(values, scale, torch.float32, ACTIVATION_BLOCK)
+        assert scale.isfinite().all() and (scale > 0).all() and back.isfinite().all()
+        assert back[1, 256] > 2.9e38 and not back[3].any()
+    x[0, 3], x[1, 130] = float("nan"), float("inf")
+    for power_of_two in (False, True):
+        _, scale = quantize_activations(x.to(device), power_of_two=power_of_two)
+        lost = ~scale.isfinite()
+        assert lost[0, 0] and lost[1, 1] and lost.sum() == 2
+        _, scale = quantize_weights(x.to(device), power_of_two)
+        assert (~scale.isfinite()).tolist() == [[True, True, False, False]]
+
+
+def test_nothing_to_do(device):
+    values, scale = quantize_activations(torch.empty(0, 256, device=device))
+    assert values.shape == (0, 256) and scale.shape == (0, 2)
+
+
+def test_what_is_not_taken_is_named(device):
+    x = torch.randn(4, 256, device=device)
+    with pytest.raises(ValueError, match=r"x_NC is float64; taken: bfloat16 or float16 or float32"):
+        quantize_activations(x.double())
+    with pytest.raises(ValueError, match=r"x_NC has strides \[1, 4\]; taken: a last dimension of stride 1"):
+        quantize_activations(torch.randn(256, 4, device=device).t())
+    with pytest.raises(ValueError, match=r"w_ERC has shape \[4\]; taken: 2 or 3 dimensions"):
+        quantize_weights(x[:, 0].contiguous())
+    with pytest.raises(ValueError, match=r"row_source_R is int64; taken: int32"):
+        quantize_activations(x, torch.zeros(3, dtype=torch.int64, device=device))
