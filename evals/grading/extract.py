@@ -6,7 +6,8 @@ no more than megabytes of prose.
 
 import re
 
-_TOKEN = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
+# What opens and closes boxes. A run is one token: a megabyte of braces must not be a million steps.
+_TOKEN = re.compile(r"\\f?boxed\s*\{|(?:\\\\)+|\\[{}]|(?:\{[^{}\\]*\})+|\{+|\}+")
 _WHOLE_BOX = re.compile(r"\s*\\f?boxed\s*\{(.*)\}\s*", re.DOTALL)
 _BETWEEN = re.compile(r"(?:[\s,;$.]|\\[()\[\],;! ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)*")
 _CHOICE_LINE = re.compile(
@@ -37,20 +38,28 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
         return []
     while first and text[first - 1] in "f\\":  # whether the command's backslash is itself escaped
         first -= 1
-    open_braces: list[tuple[int, int]] = []  # (start of the command, of the content) of a box, or (-1, -1)
-    found: list[tuple[int, int, str]] = []
-    for token in _TOKEN.finditer(text, first):  # braces before a box close behind it, if at all
-        if token.group() == "{":
-            open_braces.append((-1, -1))
-        elif token.group() == "}":
-            start, content = open_braces.pop() if open_braces else (-1, -1)
-            if start >= 0:
+    open_boxes: list[tuple[int, int, int]] = []  # start of the command, of the content; plain braces open around it
+    depth = 0  # plain braces open in the innermost open box
+    found: list[tuple[int, int, int]] = []  # start, start and end of the content
+    for match in _TOKEN.finditer(text, first):  # braces before a box close behind it, if at all
+        token = match.group()
+        if token[0] == "\\":
+            if len(token) > 2 and token[-1] == "{":
+                open_boxes.append((match.start(), match.end(), depth))
+                depth = 0
+        elif token[-1] == "{":
+            depth += len(token)
+        elif token[0] == "}":
+            place = match.start() + depth
+            depth = max(0, depth - len(token))
+            while place < match.end() and open_boxes:
+                start, content, depth = open_boxes.pop()
                 while found and found[-1][0] > start:  # the outer box counts
                     found.pop()
-                found.append((start, token.end(), text[content : token.start()]))
-        elif token.group().endswith("{") and len(token.group()) > 2:
-            open_braces.append((token.start(), token.end()))
-    return found
+                found.append((start, content, place))
+                plain = min(depth, match.end() - place - 1)
+                place, depth = place + 1 + plain, depth - plain
+    return [(start, end + 1, text[content:end]) for start, content, end in found]
 
 
 def last_boxed(text: str) -> str | None:

@@ -16,11 +16,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 MEMORY_BYTES = 1 << 30
 START_SECONDS = 60.0  # importing sympy on a busy machine; an item's own clock starts after it
 REPLY_BYTES = 65536
+KILL_SECONDS = 0.025  # of a limit, a tenth at most: for noticing and killing, so that the caller is answered within it
 TRIES = 3  # of an item whose worker dies
 _INSTALL = {"math": "math_verify", "gym": "reasoning_gym"}
 
@@ -63,20 +65,26 @@ class _Template:
         self._lock = threading.Lock()
         self._ready = False
 
+    def wait_until_ready(self) -> None:
+        """Until it has imported everything, which is on no item's clock. RuntimeError if it does not start."""
+        with self._lock:
+            if self._ready:
+                return
+            if _line(self._control, START_SECONDS) != b"ready\n":
+                self.close()
+                raise RuntimeError(
+                    f"the grading process did not start: run `{sys.executable} -c 'import "
+                    f"{_INSTALL[self.preload]}'` to see whether that package is installed"
+                )
+            self._ready = True
+
     def fork(self) -> "_Worker":
         """A new worker. RuntimeError if the template does not start, BrokenPipeError if it has died."""
+        self.wait_until_ready()
         ours, theirs = socket.socketpair()
         with self._lock, theirs:
-            if not self._ready:
-                if _line(self._control, START_SECONDS) != b"ready\n":
-                    self.close()
-                    raise RuntimeError(
-                        f"the grading process did not start: run `{sys.executable} -c 'import "
-                        f"{_INSTALL[self.preload]}'` to see whether that package is installed"
-                    )
-                self._ready = True
             try:
-                socket.send_fds(self._control, [b"f"], [theirs.fileno()])
+                socket.send_fds(self._control, [b"f\n"], [theirs.fileno()])
                 reply = _line(self._control, START_SECONDS)
             except OSError:
                 reply = b""
@@ -86,18 +94,19 @@ class _Template:
         return _Worker(self, int(reply), ours)
 
     def kill(self, pid: int) -> None:
-        """Kill and reap a worker; one that is gone already is no mistake."""
-        with self._lock:
-            try:
-                self._control.sendall(b"k%d" % pid)
-                _line(self._control, START_SECONDS)
-            except OSError:  # the template died, and its workers see their sockets close
-                pass
+        """Have a worker killed, without waiting for its end: to free a gigabyte takes the kernel a while."""
+        # Where the template has died, its workers see their sockets close.
+        with self._lock, suppress(OSError):
+            self._control.sendall(b"k%d\n" % pid)
 
     def close(self) -> None:
+        """End it; it kills its workers first, unless it hangs itself."""
         self._control.close()
-        self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(5.0 if self._ready else 0.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 class _Worker:
@@ -124,7 +133,7 @@ class _Worker:
         return verdict, reason
 
     def close(self) -> None:
-        """Kill and reap."""
+        """Kill; the template reaps it."""
         self._stream.close()
         self.template.kill(self.pid)
 
@@ -147,14 +156,18 @@ class Pool:
         return self.ask("math", answer, reference, seconds)
 
     def ask(self, task: str, answer: str, reference: str, seconds: float) -> tuple[str, str]:
-        """(verdict, reason) of a task of worker.py; at most `seconds` for each worker that it takes."""
+        """(verdict, reason) of a task of worker.py within `seconds`, from when a slot is free and the imports are done.
+
+        A worker's start and end are in that time, and so is a second worker where the first one died.
+        """
         request: dict[str, object] = {"task": task, "answer": answer, "reference": reference, "seconds": seconds}
         with self._slots:
+            self._ready_template()
+            deadline = time.monotonic() + seconds - min(KILL_SECONDS, seconds / 10)
             for attempt in range(TRIES):
                 worker = self._take(fresh=attempt > 0)
-                started = time.monotonic()
                 try:
-                    result = worker.ask(request, seconds)
+                    result = worker.ask(request, max(0.0, deadline - time.monotonic()))
                 except BaseException:
                     worker.close()
                     raise
@@ -166,10 +179,18 @@ class Pool:
                             self._free.append(worker)
                     return result
                 worker.close()
-                if time.monotonic() - started >= seconds:
+                if time.monotonic() >= deadline:
                     return "unverifiable", f"took longer than {seconds:g} s to compare"
                 # It may have been killed from outside, which is no fault of the item: again, in a fresh one.
             return "unverifiable", "the comparison needed too much memory or crashed"
+
+    def _ready_template(self) -> _Template:
+        with self._lock:
+            if self._template is None:
+                self._template = _Template(self.preload)
+            template = self._template
+        template.wait_until_ready()
+        return template
 
     def _take(self, fresh: bool) -> _Worker:
         """An idle worker, or a new one. One that died idle (the system was short of memory) is no item's fault."""
@@ -179,28 +200,25 @@ class Pool:
                 if worker.alive():
                     return worker
                 worker.close()
-            if self._template is None:
-                self._template = _Template(self.preload)
-            template = self._template
+        template = self._ready_template()
         try:
             return template.fork()
         except BrokenPipeError:
             with self._lock:
                 if self._template is template:
                     template.close()
-                    self._template = _Template(self.preload)
-                template = self._template
-            return template.fork()
+                    self._template = None
+            return self._ready_template().fork()
 
     def close(self) -> None:
         """Kill the idle workers and the template; used at exit and in tests."""
         with self._lock:
             workers, self._free = self._free, []
-            template, self._template = self._template, None
+            ended, self._template = self._template, None
         for worker in workers:
             worker.close()
-        if template is not None:
-            template.close()
+        if ended is not None:
+            ended.close()
 
 
 _pools: dict[str, Pool] = {}

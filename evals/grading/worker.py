@@ -5,9 +5,9 @@ path. Each worker shuts itself in before its first item: RLIMIT_AS for memory, a
 programs and sockets (reasoning-gym's scorers `eval` parts of answers), and an alarm as a last resort, so that it ends
 by itself even if the caller was killed while it was computing.
 
-argv: 'math' or 'gym', bytes of address space, a socket. The socket takes 'f' with a descriptor (fork a worker that
-serves it; answers its pid) and 'kPID\n' (kill it). A worker reads JSON lines {"task", "answer", "reference",
-"seconds"} and writes [verdict, reason].
+argv: 'math' or 'gym', bytes of address space, a socket. The socket takes lines: 'f' with a descriptor (fork a
+worker that serves it; answers its pid) and 'kPID' (kill it; no answer). A worker reads JSON lines {"task", "answer",
+"reference", "seconds"} and writes [verdict, reason].
 """
 
 import gc
@@ -74,6 +74,18 @@ def score(answer: str, reference: str) -> tuple[str, str]:
     return ("correct" if value >= 1.0 else "wrong"), f"reasoning-gym scores {value:.3g}"
 
 
+# The first comparison of each sort takes ten to a hundred times as long as the next.
+_WARM_UP = (
+    ("1+1", r"\frac{4}{2}"),
+    ("x+y+1", "5"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("y=3x+1", "y=1+3x"),
+    (r"\frac{\pi}{2}", r"\sqrt{2}"),
+    (r"[0,\infty)", r"(0,1]\cup\{3\}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\x\end{pmatrix}"),
+    ("x>3", r"(3,\infty)"),
+)
+
 _TASKS = {"math": compare, "regex": matches, "gym": score}
 
 
@@ -97,39 +109,53 @@ def main() -> None:
     preload, memory, control = sys.argv[1], int(sys.argv[2]), socket.socket(fileno=int(sys.argv[3]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if preload == "math":
-        compare("1+1", r"\frac{4}{2}")  # what is imported and warmed up here, no worker needs to
+        for answer, reference in _WARM_UP:  # what is imported and computed here, no worker needs to
+            compare(answer, reference)
     else:
         import reasoning_gym  # noqa: F401
     gc.collect()
     gc.freeze()
     control.sendall(b"ready\n")
     children: set[int] = set()
+    dying: set[int] = set()
+    descriptors: list[int] = []
+    rest = b""
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
-        if not message:
+        part, given, _, _ = socket.recv_fds(control, 4096, 16)
+        if not part:
             break
-        if message.startswith(b"k"):
-            pid = int(message[1:])
-            if pid in children:
+        descriptors += given
+        *messages, rest = (rest + part).split(b"\n")
+        for message in messages:
+            if message == b"f":
+                pid = _fork(control, descriptors, memory)
+                children.add(pid)
+                control.sendall(b"%d\n" % pid)
+            elif (pid := int(message[1:])) in children:
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
                 children.discard(pid)
-            control.sendall(b"ok\n")
-            continue
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                control.close()
-                serve(socket.socket(fileno=descriptors[0]), memory)
-                status = 0
-            finally:
-                os._exit(status)
-        os.close(descriptors[0])
-        children.add(pid)
-        control.sendall(b"%d\n" % pid)
+                dying.add(pid)
+        dying = {pid for pid in dying if os.waitpid(pid, os.WNOHANG) == (0, 0)}
     for pid in children:
         os.kill(pid, signal.SIGKILL)
+    for pid in children | dying:
+        os.waitpid(pid, 0)
+
+
+def _fork(control: socket.socket, descriptors: list[int], memory: int) -> int:
+    """A worker on the oldest descriptor, which is taken from the list; its process id."""
+    stream = descriptors.pop(0)
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            control.close()
+            serve(socket.socket(fileno=stream), memory)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(stream)
+    return pid
 
 
 if __name__ == "__main__":

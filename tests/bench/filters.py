@@ -7,8 +7,8 @@ those at hand is made of several (`--chars`). `grading`: our correctness filter 
 in datasets.map, its default settings), the same traces. `problems`: near-duplicates among problems, ours, datasketch's
 MinHashLSH and rensa's deduplicator, each in a process of its own for its memory.
 
-Real traces (DISTILL_DATA, default ../shared/data) are repeated with their paragraphs in another order, so that no two
-are the same text. Printed: traces or problems a second of wall time and of CPU time (all processes; the fairer one on a
+Real traces (DISTILL_DATA, default ../shared/data) are repeated with their paragraphs in another order and a number in
+problem and response, so that no two are the same text. Printed: traces or problems a second of wall time and of CPU time (all processes; the fairer one on a
 busy machine), and the peak memory of parent and workers.
 """
 
@@ -52,7 +52,8 @@ def varied(count: int, chars: int) -> Iterator[tuple[str, str, str, str]]:
             reasoning += more
         if number >= len(real):
             pick.shuffle(paragraphs)
-        yield f"{row['prompt']} (Case {number}.)", row["answer"], "\n\n".join(paragraphs), response.strip()
+        case = f"(Case {number}.)"
+        yield f"{row['prompt']} {case}", row["answer"], "\n\n".join(paragraphs), f"{case} {response.strip()}"
 
 
 def write_run(folder: Path, count: int, chars: int) -> int:

@@ -166,10 +166,28 @@ def test_no_answer_from_a_generator_of_harm_hangs_crashes_or_wins():
 
 
 def test_extraction_is_linear_in_hostile_text():
-    for text in (r"\boxed{" * 150_000, "{" * 1_000_000, r"\boxed{}" * 100_000, "\\" * 1_000_000 + "boxed{"):
+    nested = r"\boxed{" * 300_000
+    for text in (nested, nested + "}" * 300_000, r"\boxed{}" * 100_000, "\\" * 1_000_000 + "boxed{"):
         start = time.monotonic()
         extract_answer(text)
         assert time.monotonic() - start < 5
+    assert extract_answer(r"\boxed{" + "{a}{{b}}" * 1000 + "}}} {}") == "{a}{{b}}" * 1000
+
+
+def test_the_caller_is_answered_within_the_limit_and_a_killed_worker_ends():
+    pool = Pool(1)
+    pool.compare("x", "y", 5.0)  # imports
+    waited, pids = [], set()
+    for _ in range(6):
+        pool.compare(r"\sqrt{16}", "4", 5.0)  # a fresh worker after each kill
+        pids.add(pool._free[0].pid)
+        start = time.monotonic()
+        verdict, reason = pool.compare("9^{9^{9^9}}", "5", 0.4)
+        waited.append(time.monotonic() - start)
+        assert (verdict, reason) == ("unverifiable", "took longer than 0.4 s to compare")
+    assert len(pids) == 6 and sorted(waited)[3] < 0.4  # the machine may be busy once or twice
+    pool.close()
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def test_a_killed_worker_is_replaced_and_no_other_item_is_lost():
