@@ -33,9 +33,11 @@ def lines(standing: Standing, *, brief: bool) -> list[str]:
         said.append(f"cost {standing.cost:.2f}, {standing.cost_at_the_end:.2f} at the end")
     if len(standing.endpoints) <= 1:
         return _filled(said + [words for state in standing.endpoints.values() for words in _endpoint(state)])
-    width = 0 if brief else max(len(host(name)) for name in standing.endpoints)
-    each = [f"{host(name):<{width}}  {'  '.join(_endpoint(state))}" for name, state in standing.endpoints.items()]
-    return [*_filled(said), *([", ".join(each)] if brief else each)]
+    states = {host(name): _endpoint(state) for name, state in standing.endpoints.items()}
+    if brief:
+        return [*said, ", ".join(f"{name} {' '.join(words)}" for name, words in states.items())]
+    width = max(map(len, states))
+    return [*_filled(said), *(f"{name:<{width}}  {'  '.join(words)}" for name, words in states.items())]
 
 
 def _filled(parts: list[str]) -> list[str]:

@@ -102,7 +102,7 @@ class Record:
     def _endpoints(self) -> dict[str, Any]:
         parts = dict(self.totals.parts)
         if len(self.errors) == 1 and parts.keys() == {None}:  # traces name their endpoint only where there are several
-            parts = {name: parts[None] for name in self.errors}
+            parts = dict.fromkeys(self.errors, parts[None])
         names = [name for name in parts if name is not None]
         names += [name for name in self.errors if name not in names]
         return {

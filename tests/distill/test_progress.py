@@ -56,15 +56,45 @@ def test_beat_comes_every_two_seconds(now, lines):
     assert beats == [102.0, 104.0, 106.0, 108.0, 110.0]
 
 
-def test_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def open_terminal(monkeypatch, columns):
     out = Terminal()
     monkeypatch.setattr(sys, "stderr", out)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    return out
+
+
+def test_told_rate_and_words_stand_on_the_plain_line(now, lines):
+    with Progress("traces", 100, "samples") as bar:
+        now.time += 10
+        bar.tell(2.0, ["in 5, out 7 tokens/s", "a 3/8 in flight"])
+        bar.advance(50)
+        bar.total = 80
+    assert lines() == [
+        "traces  50/100 samples  2/s  ETA 0:25  in 5, out 7 tokens/s  a 3/8 in flight",
+    ]
+
+
+def test_words_stand_below_the_bar_on_a_terminal_and_are_cut_at_its_edge(monkeypatch):
+    terminal = open_terminal(monkeypatch, 80)
+    with Progress("traces", 10, "samples") as bar:
+        bar.tell(2.0, ["in 5, out 7 tokens/s", "x" * 100])
+        bar.advance(5)
+        bar.total = 8
+        bar.advance(1)
+    last = [line.rstrip() for line in terminal.getvalue().replace("\r", "\n").splitlines() if line.strip()][-4:]
+    assert any("6/8" in line for line in last)
+    assert "         in 5, out 7 tokens/s" in last
+    assert any(line.endswith("x…") and len(line) == 80 for line in last)
+
+
+def test_bar_on_a_terminal(monkeypatch):
+    out = open_terminal(monkeypatch, 120)
     with Progress("traces", 10, "samples", done=2) as bar:
         bar.advance(8)
     assert "10/10" in out.getvalue() and "samples" in out.getvalue() and "ETA" in out.getvalue()
