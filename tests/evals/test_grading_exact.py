@@ -62,9 +62,9 @@ def quantities(draw):
 
 @st.composite
 def sequences(draw):
+    # Without separators of thousands, as in matrices: math-verify reads {0, 1,000} as {0, 1}.
     elements = [draw(numbers()).strip(" $+") for _ in range(draw(st.integers(2, 4)))]
-    if draw(st.booleans()):
-        elements = [re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", "", e) for e in elements]
+    elements = [re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", "", e) for e in elements]
     joined = draw(st.sampled_from([", ", ",  ", r",\ "])).join(elements)
     opening, closing = draw(
         st.sampled_from(["()", "[]", "[)", "(]", ("\\{", "\\}"), ("", ""), (r"\left(", r"\right)")])
@@ -124,6 +124,13 @@ def test_sequences_never_get_the_opposite_of_math_verify(answer, reference, rng)
 def test_matrices_never_get_the_opposite_of_math_verify(answer, reference):
     assert not opposite(answer, reference)
     assert exactly_equal(reference, reference) is True
+
+
+def test_separators_of_thousands_in_sequences_are_read_where_a_space_tells_them_apart():
+    assert exactly_equal(r"\{0, 1\}", r"\{0, 1,000\}") is False
+    assert exactly_equal(r"\{0, 1000\}", r"\{0, 1,000\}") is True
+    assert exactly_equal("(1, 2)", "(1,002, 5)") is False
+    assert exactly_equal("1,002", "(1,002)") is not True
 
 
 def test_separators_of_thousands_in_matrices_are_read_where_math_verify_reads_the_last_number_alone():
