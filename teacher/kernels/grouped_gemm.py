@@ -29,7 +29,6 @@ Shapes: R rows, E experts, N and K columns of output and input, I = N / 2 for Sw
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,22 +39,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, dequantize, quantize
 from teacher.kernels.arguments import INTERPRETED, same_device, take
+from teacher.kernels.operands import Fp8, Groups
 from teacher.kernels.quantize import block_scale, encode, magnitude
 from teacher.kernels.tuning import Tile, tile_for
-
-
-class Fp8(NamedTuple):
-    """Values and scales: rows (R, K) with (R, k), or a stack of matrices (E, N, K) with (E, n, k)."""
-
-    values: Tensor
-    scales: Tensor
-
-
-class Groups(NamedTuple):
-    """Which rows are an expert's: count_E rows from start_E on, both int32, on the device."""
-
-    start_E: Tensor
-    count_E: Tensor
 
 
 @triton.jit

@@ -161,9 +161,7 @@ def quantize_activations_transposed(x_RC: Tensor, power_of_two: bool = False) ->
     return values, scales
 
 
-def quantize_weights(
-    w_ERC: Tensor, power_of_two: bool = False, transposed: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantize_weights(w_ERC: Tensor, power_of_two: bool = False, transposed: bool = False) -> tuple[Tensor, Tensor]:
     """Blocks of 128 x 128 of a matrix (R, C) or of each of a stack (E, R, C): values and scales (…, r, c).
 
     `transposed` gives the values and the scales of the transposed matrices, (…, C, R) and (…, c, r): the operand that

@@ -3,7 +3,7 @@
 import torch
 
 from teacher.fp8 import quantize
-from teacher.kernels.grouped_gemm import Fp8, Groups
+from teacher.kernels.operands import Fp8, Groups
 from teacher.kernels.quantize import quantize_activations
 
 

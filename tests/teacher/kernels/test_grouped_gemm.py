@@ -8,13 +8,12 @@ pytest.importorskip("triton")
 
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, dequantize
 from teacher.kernels.grouped_gemm import (
-    Fp8,
-    Groups,
     grouped_gemm,
     grouped_gemm_reference,
     grouped_swiglu,
     grouped_swiglu_reference,
 )
+from teacher.kernels.operands import Fp8, Groups
 from teacher.kernels.tuning import Tile
 from tests.teacher.kernels.grouped import deepgemm_difference, member_rows, operands, quantized, relative
 
@@ -94,7 +93,10 @@ def test_rows_that_do_not_change_do_not_change_others(device):
 
 def test_nothing_to_do(device):
     x, w, groups = operands([0, 0], 128, 128, device)
-    assert grouped_gemm(Fp8(x.to(FP8), x.new_empty(0, 1)), quantized(torch.ones(1, 128), w)[1], groups).shape == (0, 128)
+    assert grouped_gemm(Fp8(x.to(FP8), x.new_empty(0, 1)), quantized(torch.ones(1, 128), w)[1], groups).shape == (
+        0,
+        128,
+    )
 
 
 def test_what_is_not_taken_is_named(device):

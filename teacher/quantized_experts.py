@@ -1,0 +1,129 @@
+"""Routed experts whose weights stay in FP8: on a Hopper GPU by the kernels, elsewhere by their definition.
+
+Activations are rounded to FP8 in tiles of 1 x 128 before each product, as DeepSeek-V3 does (section 3.3); weights are
+blocks of 128 x 128. A layer of R1's takes 11.3 GB so, and 22.5 in bf16.
+
+Shapes: N tokens, H hidden, E routed experts, K experts a token, I expert intermediate.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teacher.experts import Experts, MoE
+from teacher.fp8 import ACTIVATION_BLOCK, FP8, dequantize, quantize, scale_shape
+from teacher.kernels.arguments import obstacle
+from teacher.kernels.operands import Fp8
+from teacher.routing import Routing
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def chosen_path(device: torch.device) -> str:
+    """ "kernels" or "reference" for experts on `device`: decided and logged once a process."""
+    missing = obstacle(device)
+    if missing is None:
+        _log.info("FP8 experts on %s: Triton kernels", device)
+        return "kernels"
+    _log.warning("FP8 experts on %s: plain torch, one expert at a time (%s)", device, missing)
+    return "reference"
+
+
+def quantize_experts(model: nn.Module) -> int:
+    """Replace the routed experts of every MoE layer by their FP8 form, layer by layer; how many layers there were."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for layer in layers:
+        assert isinstance(layer.experts, Experts)
+        layer.experts = QuantizedExperts.of(layer.experts)  # type: ignore[assignment]
+    return len(layers)
+
+
+def expert_layer_reference(
+    x_NH: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up: Fp8, down: Fp8, shared: bool = False
+) -> Tensor:
+    """The definition, one expert at a time in fp32, with activations rounded to FP8 where the kernels round them."""
+    experts, inner = len(gate_up.values) - shared, gate_up.values.shape[1] // 2
+    out_NH = torch.zeros_like(x_NH, dtype=torch.float32)
+    x_NH = _rounded(x_NH)
+    for e in range(experts + shared):
+        token, slot = (indices_NK == e).nonzero(as_tuple=True)
+        weight = weights_NK[token, slot]
+        if shared and e == experts:
+            token = torch.arange(len(x_NH), device=x_NH.device)
+            weight = torch.ones(len(x_NH), device=x_NH.device)
+        if not len(token):
+            continue
+        blocks = -(-inner // 128)
+        gate_IH = dequantize(gate_up.values[e, :inner], gate_up.scales[e, :blocks], torch.float32)
+        up_IH = dequantize(gate_up.values[e, inner:], gate_up.scales[e, blocks:], torch.float32)
+        hidden = _rounded(F.silu(x_NH[token] @ gate_IH.t()) * (x_NH[token] @ up_IH.t()))
+        y = hidden @ dequantize(down.values[e], down.scales[e], torch.float32).t()
+        out_NH.index_add_(0, token, y * weight[:, None])
+    return out_NH
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return dequantize(*quantize(x, ACTIVATION_BLOCK), torch.float32, ACTIVATION_BLOCK)
+
+
+class QuantizedExperts(nn.Module):
+    """The routed experts of one layer with weights in FP8, in place of `teacher.experts.Experts`. For inference.
+
+    On a Hopper GPU the kernels run; elsewhere the definition does, one expert at a time, which is right and slow. Which
+    one is decided here, once, and logged once a process. A shape that the kernels do not take is refused here.
+    """
+
+    def __init__(self, experts: int, hidden: int, inner: int, device: torch.device | str) -> None:
+        super().__init__()
+        place = torch.device(device)
+        self.path = chosen_path(place)
+        if self.path == "kernels" and (hidden % 16 or inner % 16):
+            raise ValueError(f"experts of hidden size {hidden} and intermediate size {inner}; taken: multiples of 16")
+
+        def values(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=FP8, device=place)
+
+        def scales(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=torch.float32, device=place)
+
+        half = scale_shape((experts, inner, hidden))
+        self.register_buffer("gate_up_proj", values(experts, 2 * inner, hidden))
+        self.register_buffer("gate_up_scale", scales(half[0], 2 * half[1], half[2]))
+        self.register_buffer("down_proj", values(experts, hidden, inner))
+        self.register_buffer("down_scale", scales(*scale_shape((experts, hidden, inner))))
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, experts: Experts) -> QuantizedExperts:
+        """The same experts, quantised one matrix at a time."""
+        count, hidden, inner = experts.down_proj.shape
+        made = cls(count, hidden, inner, experts.down_proj.device)
+        for e in range(count):
+            for half, (part, block) in enumerate(
+                zip(made.gate_up_proj[e].chunk(2), made.gate_up_scale[e].chunk(2), strict=True)
+            ):
+                _put(experts.gate_up_proj[e, half * inner : (half + 1) * inner], part, block)
+            _put(experts.down_proj[e], made.down_proj[e], made.down_scale[e])
+        return made
+
+    def forward(self, x_NH: Tensor, routing: Routing) -> Tensor:
+        if torch.is_grad_enabled() and x_NH.requires_grad:
+            raise ValueError("experts quantised to FP8 have no backward; train with fp8 = true in the training config")
+        gate_up, down = Fp8(self.gate_up_proj, self.gate_up_scale), Fp8(self.down_proj, self.down_scale)
+        if self.path == "reference":
+            return expert_layer_reference(x_NH, routing.indices_NK, routing.weights_NK, gate_up, down).to(x_NH.dtype)
+        from teacher.kernels.expert_layer import expert_layer
+
+        return expert_layer(x_NH, routing.indices_NK, routing.weights_NK, gate_up, down)
+
+
+def _put(weight: Tensor, values: Tensor, scales: Tensor) -> None:
+    found, found_scales = quantize(weight)
+    values.copy_(found)
+    scales.copy_(found_scales)

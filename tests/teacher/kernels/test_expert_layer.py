@@ -1,0 +1,115 @@
+"""Rows from routing, their weighted sum, and the whole expert layer against its definition and the model's own."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from teacher.experts import Experts, reference_experts
+from teacher.kernels.expert_layer import expert_layer
+from teacher.kernels.expert_rows import combine, combine_reference, expert_rows, expert_rows_reference
+from teacher.kernels.operands import Fp8
+from teacher.quantized_experts import QuantizedExperts, expert_layer_reference, quantize_experts
+from teacher.routing import Routing
+from tests.teacher.kernels.grouped import deepgemm_difference, quantized, relative
+from tests.tiny import deepseek_config
+
+
+def routing(tokens, experts, k, device, busy=None):
+    """Random routing to `busy` of the experts, each token's experts different, and weights that do not sum to 1."""
+    chosen = torch.rand(tokens, busy or experts).argsort(1)[:, :k].contiguous()
+    return chosen.to(device), torch.rand(tokens, k, device=device) + 0.1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "busy"), [(1, 8, 2, 8), (77, 9, 3, 5), (300, 4, 4, 4), (600, 6, 1, 2)]
+)
+def test_rows_are_a_stable_sort(tokens, experts, k, busy, shared, device):
+    indices, _ = routing(tokens, experts, k, device, busy)
+    found, expected = expert_rows(indices, experts, shared), expert_rows_reference(indices, experts, shared)
+    assert torch.equal(found.token_M, expected.token_M) and torch.equal(found.row_NK, expected.row_NK)
+    assert torch.equal(found.groups.start_E, expected.groups.start_E)
+    assert torch.equal(found.groups.count_E, expected.groups.count_E)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("hidden", [128, 577, 1088])
+def test_combine(hidden, shared, device):
+    indices, weights = routing(37, 5, 3, device)
+    rows = expert_rows(indices, 5, shared)
+    y = torch.randn(len(rows.token_M), hidden, device=device)
+    out = torch.full((37, hidden), float("nan"), device=device)
+    assert relative(combine(y, rows, weights, shared, out), combine_reference(y, rows, weights, shared)) < 1e-6
+
+
+def layer(experts, hidden, inner, device):
+    gate_up = torch.randn(experts, 2 * inner, hidden, device=device) / hidden**0.5
+    down = torch.randn(experts, hidden, inner, device=device) / inner**0.5
+    _, gate_up8 = quantized(gate_up[0], gate_up, halves=2)
+    _, down8 = quantized(down[0], down)
+    return gate_up, down, gate_up8, down8
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 4, 2), (40, 4, 2), (150, 3, 1)])
+def test_the_layer_is_its_definition_and_near_the_truth(tokens, experts, k, shared, device):
+    gate_up, down, gate_up8, down8 = layer(experts, 320, 192, device)
+    x = torch.randn(tokens, 320, device=device)
+    indices, weights = routing(tokens, experts - shared, k, device)
+    found = expert_layer(x, indices, weights, gate_up8, down8, shared)
+    expected = expert_layer_reference(x, indices, weights, gate_up8, down8, shared)
+    assert relative(found, expected) < 1e-3
+    assert torch.equal(found, expert_layer(x, indices, weights, gate_up8, down8, shared))
+    if shared:
+        indices = torch.cat([indices, indices.new_full((tokens, 1), experts - 1)], dim=1)
+        weights = torch.cat([weights, weights.new_ones(tokens, 1)], dim=1)
+    truth = reference_experts(x, indices, weights, gate_up, down)
+    assert relative(found, truth) <= 1.5 * relative(expected, truth)
+    assert deepgemm_difference(found, truth) < 5e-3  # five roundings to e4m3 lie on the way
+
+
+def test_the_models_experts_in_fp8(device):
+    """A model whose experts were replaced computes what its own experts do, up to FP8, and needs no more memory."""
+    from teacher.model import DeepseekV3
+
+    torch.manual_seed(0)
+    model = DeepseekV3(deepseek_config()).to(device).eval()
+    ids = torch.randint(10, 60, (2, 9), device=device)
+    with torch.no_grad():
+        before = model(ids).logits
+        assert quantize_experts(model) > 0
+        after = model(ids).logits
+    assert not any(isinstance(module, Experts) for module in model.modules())
+    assert 0 < relative(after, before) < 0.1
+
+
+def test_kernels_and_definition_agree_in_the_module(device):
+    own = Experts(deepseek_config(hidden_size=64, moe_intermediate_size=48)).to(device)
+    torch.nn.init.normal_(own.gate_up_proj, std=0.1)
+    torch.nn.init.normal_(own.down_proj, std=0.1)
+    quantised = QuantizedExperts.of(own)
+    indices, weights = routing(5, own.down_proj.shape[0], 2, device)
+    x, route = torch.randn(5, 64, device=device), Routing(indices, weights, weights)
+    assert quantised.path == "kernels"
+    by_kernels = quantised(x, route)
+    quantised.path = "reference"
+    assert relative(by_kernels, quantised(x, route)) < 1e-3
+    assert relative(by_kernels, own(x, route)) < 0.1
+
+
+def test_what_is_not_taken_is_named(device):
+    with pytest.raises(ValueError, match=r"hidden size 40 and intermediate size 64; taken: multiples of 16"):
+        QuantizedExperts(4, 40, 64, device)
+    quantised = QuantizedExperts(4, 64, 64, device)
+    indices, weights = routing(5, 4, 2, device)
+    with pytest.raises(ValueError, match="no backward"):
+        quantised(torch.randn(5, 64, device=device, requires_grad=True), Routing(indices, weights, weights))
+    with pytest.raises(ValueError, match=r"x_NH is float16; taken: bfloat16 or float32"):
+        expert_layer(
+            torch.randn(5, 64, device=device).half(),
+            indices,
+            weights,
+            Fp8(quantised.gate_up_proj, quantised.gate_up_scale),
+            Fp8(quantised.down_proj, quantised.down_scale),
+        )
