@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.generation.live import Standing, lines
-from distill.generation.record import Record
+from distill.generation.record import NAME, Record
 from distill.generation.throughput import Amount, Recent
 from distill.generation.totals import Totals
 from distill.records import EndpointState, Reply
@@ -43,18 +43,13 @@ class Accounts:
                 accounts.tick(teacher.states())
         return {..., "generation": accounts.facts(totals)}
 
-    `wanted` and `done` count samples of this process's part of the plan. `before`: sums over the `done` ones, where
-    the caller has read their lines; without it the sums of accounts.json are taken, which a kill may have left a few
-    seconds behind (and, after a change of the recipe, are of other samples: their cost is spent all the same).
+    `wanted` and `done` count the plan's samples. Until facts() is given exact sums, those of earlier starts are what
+    accounts.json says, which a kill may have left a few seconds behind.
     """
 
-    def __init__(
-        self, run: "RunFolder", wanted: int, done: int, *, before: Totals | None = None, name: str = "accounts.json"
-    ) -> None:
-        self._path = run.path("traces", name)
+    def __init__(self, run: "RunFolder", wanted: int, done: int) -> None:
+        self._path = run.path("traces", NAME)
         self._record = Record.load(self._path)
-        if before is not None:
-            self._record.totals = before
         sums = self._record.totals.all()
         self._cost = sums.cost + self._record.failed_cost
         self._amount = Amount(sums.finished, sums.prompt_tokens, sums.completion_tokens)

@@ -13,6 +13,7 @@ docs/formats.md describes the bytes.
 import os
 import struct
 import zlib
+from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from distill.errors import UserError
 from distill.files import sync_folder
-from distill.generation.token_texts import FIRST_ID, TokenTexts
+from distill.generation.token_texts import FIRST_ID, TokenTexts, read_texts
 from distill.records import Reply, TopLogprobs
 
 if TYPE_CHECKING:
@@ -49,20 +50,17 @@ class LogprobsWriter:
     """Appends frames to `folder`/logprobs.bin. Open it once the finished samples are known, before the first reply.
 
     A kill may have left frames whose traces are not `finished` (ids of all trace lines, stale ones too): they are cut,
-    `cut` counts their bytes. `token_id` finds the id of a token that the teacher gives as text; texts that it does not
-    know go to a table, see token_texts.
+    `cut` counts their bytes.
     """
 
-    def __init__(
-        self, folder: Path, finished: Container[str], token_id: Callable[[str], int | None] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, finished: Container[str]) -> None:
         self.path = folder / NAME
         folder.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
-        self._texts = TokenTexts(folder, token_id)
+        self._texts = TokenTexts(folder)
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         size = os.fstat(self._handle).st_size
-        self._end = max((end for name, _, end in _frames(self._handle, size) if name in finished), default=0)
+        self._end = _end_of_finished(self._handle, size, finished)
         self.cut = size - self._end
         if self.cut:
             os.ftruncate(self._handle, self._end)
@@ -113,10 +111,11 @@ class LogprobsReader:
     """Frames of a run by trace id. Opening reads the headers alone; a context manager.
 
     Where two frames have one id, the later one belongs to the trace: the earlier one's line was never written.
-    Raises UserError if the run has no log-probabilities.
+    `token_id` finds the id of a token that the teacher gave as text (`ids_of_texts(tokenizer).get`); what it does not
+    know keeps its number in the table of texts. Raises UserError if the run has no log-probabilities.
     """
 
-    def __init__(self, run_folder: Path | str) -> None:
+    def __init__(self, run_folder: Path | str, token_id: Callable[[str], int | None] | None = None) -> None:
         self.path = Path(run_folder) / "traces" / NAME
         try:
             self._handle = os.open(self.path, os.O_RDONLY)
@@ -124,6 +123,8 @@ class LogprobsReader:
             raise UserError(f"{self.path}: no such file; set sampling.logprobs before traces are made") from None
         size = os.fstat(self._handle).st_size
         self._places = {name: (start, end) for name, start, end in _frames(self._handle, size)}
+        self._texts = read_texts(self.path.parent)
+        self._known = [token_id(text) for text in self._texts] if token_id else []
 
     def __contains__(self, trace_id: str) -> bool:
         return trace_id in self._places
@@ -141,9 +142,21 @@ class LogprobsReader:
             raise UserError(f"{self.path}: holds no log-probabilities of trace {trace_id}")
         start, end = self._places[trace_id]
         try:
-            return decode(os.pread(self._handle, end - start, start))
+            found = decode(os.pread(self._handle, end - start, start))
         except ValueError as error:
             raise UserError(f"{self.path}: trace {trace_id}: {error}") from None
+        for ids in (found.tokens_TK, found.chosen_T):
+            self._translate(ids)
+        return found
+
+    def _translate(self, ids: "np.ndarray | None") -> None:
+        import numpy as np
+
+        if ids is None or not self._known:
+            return
+        named = ids >= FIRST_ID
+        known = np.array([FIRST_ID + n if token is None else token for n, token in enumerate(self._known)])
+        ids[named] = known[ids[named] - FIRST_ID]
 
     def close(self) -> None:
         if self._handle >= 0:
@@ -165,9 +178,18 @@ def read_logprobs(run_folder: Path | str, trace_id: str) -> Logprobs:
         return reader.read(trace_id)
 
 
-def _frames(handle: int, size: int) -> Iterator[tuple[str, int, int]]:
-    """(trace id, start, end) of every frame, up to the first that is not whole."""
-    start = 0
+def _end_of_finished(handle: int, size: int, finished: Container[str]) -> int:
+    """Where the last frame of a finished trace ends. They are asked about from the end: few are not finished."""
+    starts = array("Q", (start for _, start, _ in _frames(handle, size)))
+    for start in reversed(starts):
+        name, _, end = next(_frames(handle, size, start))
+        if name in finished:
+            return end
+    return 0
+
+
+def _frames(handle: int, size: int, start: int = 0) -> Iterator[tuple[str, int, int]]:
+    """(trace id, start, end) of every frame from `start` on, up to the first that is not whole."""
     while start + _HEADER.size <= size:
         magic, _, name, *_, length = _HEADER.unpack(os.pread(handle, _HEADER.size, start))
         end = start + _HEADER.size + length

@@ -1,7 +1,6 @@
 """traces/accounts.json: what generation came to so far, over all starts, in a form that adds up over processes.
 
-It is small whatever the run's size, and written as a whole. A folder that several shards wrote in has one each,
-accounts*.json.
+It is small whatever the run's size, and written as a whole.
 """
 
 import json
@@ -15,6 +14,7 @@ from distill.files import write_json_atomic
 from distill.generation.throughput import Throughput
 from distill.generation.totals import Sums, Totals
 
+NAME = "accounts.json"
 _VERSION = 1
 
 

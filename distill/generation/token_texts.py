@@ -1,10 +1,11 @@
-"""Tokens that a teacher names by their text: ids from its tokenizer where one is at hand, else from a table.
+"""Tokens that a teacher names by their text, as most servers do: a table that gives each a number.
 
-The table is traces/logprobs_texts.jsonl; the text on its n-th line, from 0, has the id 2**31 + n, which no vocabulary
-reaches. It grows with the vocabulary that is met, not with the traces, and is durable before a frame that uses it.
+It is traces/logprobs_texts.jsonl; the text on its n-th line, from 0, has the id 2**31 + n, which no vocabulary reaches.
+It grows with the vocabulary that is met, not with the traces, and is durable before a frame that uses it. Ids of the
+teacher's vocabulary come in when it is read, by whoever has the tokenizer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,25 +21,18 @@ FIRST_ID = 2**31
 class TokenTexts:
     """The table of `folder`, written to as new texts come; the file is made with the first of them."""
 
-    def __init__(self, folder: Path, token_id: Callable[[str], int | None] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
-        self._token_id = token_id
         self._file = Appender(self._path) if self._path.exists() else None
         self._ids = {text: FIRST_ID + n for n, text in enumerate(read_texts(folder))}
-        self._rows = len(self._ids)
         self._new: list[str] = []
 
     def ids(self, texts: Sequence[str]) -> list[int]:
         return [self._ids[text] if text in self._ids else self._add(text) for text in texts]
 
     def _add(self, text: str) -> int:
-        known = self._token_id(text) if self._token_id else None
-        if known is None:
-            known = FIRST_ID + self._rows
-            self._rows += 1
-            self._new.append(text)
-        self._ids[text] = known
-        return known
+        self._new.append(text)
+        return self._ids.setdefault(text, FIRST_ID + len(self._ids))
 
     def sync(self) -> None:
         """Bring new rows to the disk."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distill.errors import UserError
 from distill.generation.accounts import Accounts, error_kind, gpus
 from distill.generation.live import Standing, host, lines, short
-from distill.generation.record import Record
+from distill.generation.record import NAME, Record
 from distill.generation.throughput import Amount, Recent, Throughput
 from distill.generation.totals import Totals
 from distill.progress import Progress
@@ -195,11 +195,11 @@ def test_accounts_of_another_kind_are_refused_by_name(tmp_path):
 def test_shards_add_up(tmp_path):
     records = []
     for shard in range(2):
-        run, name = Run(tmp_path), f"accounts-{shard}.json"
-        with Accounts(run, 5, 0, name=name) as accounts:
+        folder = tmp_path / str(shard)
+        with Accounts(Run(folder), 5, 0) as accounts:
             accounts.add([reply("a", endpoint="x")] * (shard + 1))
             accounts.tick({"x": EndpointState(0, 4, True, {})})
-        records.append(Record.load(tmp_path / "traces" / name))
+        records.append(Record.load(folder / "traces" / NAME))
     records[0].add(records[1])
     facts = records[0].facts()
     assert facts["finished"] == facts["endpoints"]["x"]["finished"] == sum(facts["throughput"]["finished"]) == 3

@@ -132,19 +132,22 @@ def test_of_two_frames_of_a_trace_the_later_counts(tmp_path):
     assert same(top(2), read_logprobs(tmp_path, "a"))
 
 
-def test_texts_are_mapped_or_kept_in_a_table_that_goes_on_after_a_start(tmp_path):
+def test_texts_are_kept_in_a_table_and_mapped_by_who_knows_them(tmp_path):
     folder = tmp_path / "traces"
     spoken = TopLogprobs([["yes", " no"], [" no", "perhaps"]], [[-0.5, -1.0], [-0.5, -1.0]], ["yes", "perhaps"])
-    known = {"yes": 17}.get
-    with LogprobsWriter(folder, set(), known) as writer:
+    with LogprobsWriter(folder, set()) as writer:
         writer.write([reply("a", spoken)])
-    with LogprobsWriter(folder, {"a"}, known) as writer:
-        writer.write([reply("b", TopLogprobs([["perhaps", "never"]], [[-1.0, -2.0]]))])
-    assert read_texts(folder) == [" no", "perhaps", "never"]
+    with LogprobsWriter(folder, {"a"}) as writer:
+        writer.write([reply("b", TopLogprobs([["perhaps", "never", 17]], [[-1.0, -2.0, -3.0]]))])
+    assert read_texts(folder) == ["yes", " no", "perhaps", "never"]
+    yes, no, perhaps, never = range(FIRST_ID, FIRST_ID + 4)
     first = read_logprobs(tmp_path, "a")
-    assert first.tokens_TK.tolist() == [[17, FIRST_ID], [FIRST_ID, FIRST_ID + 1]]
-    assert first.chosen_T.tolist() == [17, FIRST_ID + 1]
-    assert read_logprobs(tmp_path, "b").tokens_TK.tolist() == [[FIRST_ID + 1, FIRST_ID + 2]]
+    assert first.tokens_TK.tolist() == [[yes, no], [no, perhaps]] and first.chosen_T.tolist() == [yes, perhaps]
+    assert read_logprobs(tmp_path, "b").tokens_TK.tolist() == [[perhaps, never, 17]]
+    with LogprobsReader(tmp_path, {"yes": 5, "never": 6}.get) as reader:
+        assert reader.read("a").tokens_TK.tolist() == [[5, no], [no, perhaps]]
+        assert reader.read("a").chosen_T.tolist() == [5, perhaps]
+        assert reader.read("b").tokens_TK.tolist() == [[perhaps, 6, 17]]
 
 
 def test_ids_of_texts_leaves_out_what_several_tokens_read_as():
