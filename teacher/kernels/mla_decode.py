@@ -1,0 +1,172 @@
+"""Attention of newly decoded tokens over the paged latent cache, in the absorbed form of DeepSeek-V2 section 2.1.2.
+
+Every head reads the same entry, a latent of R values and a rotary key of D: scores are q_latent · latent + q_rope · key,
+and what is attended to is the latent again. The keys of a sequence are split over programs, whose parts a second kernel
+merges by their log-sum-exp (flash decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Whatever the
+values of a launch, it asks the host for nothing: lengths stay on the device, so a CUDA graph can hold it.
+
+Floors, for a cached token seen by Q = T * H queries, R + D = 576 and R = 512:
+
+    FLOP    2 Q (R + D) + 2 Q R = 2,176 Q
+    bytes   1,152 in bf16, 656 in FP8, read once
+
+which is 1.9 Q FLOP a byte in bf16 and 3.3 Q in FP8. An H200 measures 790 TFLOP/s in bf16 and 4.3 TB/s: 184 FLOP a byte.
+So 16 heads and one token are bound by bytes (30 and 53 FLOP a byte), and 128 heads by FLOP (242 and 425): there the
+ceiling is the BF16 rate, at most 76% of the bandwidth in bf16 and 43% in FP8. One program has 64 queries at most (its
+output is 64 x 512 in fp32, half of an SM's registers), so at 128 heads two read each token, the second from the L2.
+Parts add 4 (R + 1) bytes written and read a query a split, which matters for a short context of few sequences alone.
+
+Shapes: B sequences, T new tokens each, H heads, R = kv_lora_rank, D = qk_rope_head_dim, P pages of a sequence, G tokens a
+page, W the cache's row: R + D of bf16, or teacher.kernels.mla_cache's bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from teacher.kernels import mla_kernels
+from teacher.kernels.arguments import INTERPRETED, obstacle, same_device
+from teacher.kernels.mla_cache import TILE, row_bytes
+
+_MOST_SPLITS = 128
+
+
+class Config(NamedTuple):
+    """How one launch is cut up."""
+
+    block_n: int  # keys a tile
+    warps: int
+    stages: int  # tiles on their way
+    swap: bool  # keys as rows of the product (see the kernel)
+    programs: int  # that fit on an SM together
+
+
+# By (FP8, queries of a program), measured on an H200: see docs/kernels.md.
+CONFIGS = {
+    (False, 16): Config(64, 4, 2, True, 1),
+    (False, 32): Config(64, 4, 2, True, 1),
+    (False, 64): Config(64, 8, 2, False, 1),
+    (True, 16): Config(64, 4, 2, True, 1),
+    (True, 32): Config(64, 4, 2, True, 1),
+    (True, 64): Config(64, 8, 2, False, 1),
+}
+
+
+def cache_obstacle(rank: int, rope: int, page_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernel cannot serve a cache of this kind, or None."""
+    if (missing := obstacle(device)) is not None:
+        return missing
+    if dtype not in (torch.bfloat16, torch.uint8):
+        return f"it reads caches of bfloat16 or FP8 rows (uint8), not {dtype}"
+    if rank > 512 or rope > 128:
+        return f"it takes kv_lora_rank up to 512 and qk_rope_head_dim up to 128, not {rank} and {rope}"
+    if page_size & (page_size - 1):
+        return f"it takes pages of a power of two of tokens, not {page_size}"
+    return None
+
+
+def mla_decode(
+    q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, table_BP: Tensor, position_BT: Tensor, scale: float,
+    first_B: Tensor | None = None, *, out: Tensor | None = None, splits: int | None = None,
+    config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """Attended latents (B, T, H, R), bf16 or in `out`'s dtype.
+
+    Query (b, t) sees positions `first_B[b]` (default 0) to `position_BT[b, t]` of its sequence, whose pages are
+    `table_BP[b]`; position -1 is padding, sees nothing and gives zeros. Nothing else of the cache is read. Scores are
+    multiplied by `scale`. `splits` and `config` override what is chosen from the shapes.
+    Raises ValueError that names the tensor for shapes, dtypes and devices that it cannot take.
+    """
+    rows, tokens, heads, rank = q_latent_BTHR.shape
+    rope, page_size = q_rope_BTHD.shape[-1], cache_PGW.shape[1]
+    _check(q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, first_B)
+    if out is None:
+        out = torch.empty(rows, tokens, heads, rank, dtype=q_latent_BTHR.dtype, device=q_latent_BTHR.device)
+    elif out.shape != q_latent_BTHR.shape or not out.is_contiguous():
+        raise ValueError(f"out is {tuple(out.shape)}; expected contiguous {tuple(q_latent_BTHR.shape)}")
+    if out.numel() == 0:
+        return out
+    fp8 = cache_PGW.dtype == torch.uint8
+    block_m = min(64, max(16, triton.next_power_of_2(tokens * heads)))
+    config = CONFIGS[fp8, block_m] if config is None else config
+    blocks = -(-tokens * heads // block_m)
+    if splits is None:
+        tiles = -(-table_BP.shape[1] * page_size // config.block_n)
+        splits = choose_splits(rows * blocks, tiles, _processors(cache_PGW.device) * config.programs)
+    parts, lse = out, out
+    if splits > 1:
+        parts = torch.empty(rows, splits, tokens * heads, rank, dtype=torch.float32, device=out.device)
+        lse = torch.empty(rows, splits, tokens * heads, dtype=torch.float32, device=out.device)
+    tile = min(TILE, triton.next_power_of_2(max(rank, 16)))
+    views = (
+        (cache_PGW.view(t) for t in (torch.float8_e4m3fn, torch.float32, torch.bfloat16)) if fp8 else [cache_PGW] * 3
+    )
+    mla_kernels.decode[(blocks, rows, splits)](
+        q_latent_BTHR, q_rope_BTHD, *views, table_BP, position_BT, position_BT if first_B is None else first_B,
+        parts, lse, scale * math.log2(math.e), splits, tokens, heads, table_BP.stride(0), *q_latent_BTHR.stride()[:3],
+        *q_rope_BTHD.stride()[:3], RANK=rank, ROPE=rope, WIDTH=cache_PGW.shape[2], PAGE=page_size, TILE=tile,
+        TILES=triton.next_power_of_2(-(-rank // tile)), BLOCK_D=max(16, triton.next_power_of_2(rope)),
+        BLOCK_M=block_m, BLOCK_N=config.block_n, SPLIT=splits > 1, FP8=fp8, SWAP=config.swap,
+        FROM_FIRST=first_B is not None, EXACT=INTERPRETED, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        columns = min(TILE, triton.next_power_of_2(rank))
+        mla_kernels.merge[(tokens * heads, rows, -(-rank // columns))](
+            parts, lse, out, tokens * heads, splits, RANK=rank, BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_C=columns, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def choose_splits(programs: int, tiles: int, places: int) -> int:
+    """Into how many parts to cut each sequence's tiles, for `programs` programs a split and `places` at a time.
+
+    The fewest that bring the last program's end, in tiles, to its least: rounds of programs times tiles of each, a
+    program's start counted as two tiles, and a merge as one and its parts' traffic.
+    """
+
+    def cost(splits: int) -> float:
+        alone = -(-programs * splits // places) * (-(-tiles // splits) + 2)
+        return alone + (1 + splits * programs / places / 4 if splits > 1 else 0)
+
+    return min(range(1, max(1, min(tiles, _MOST_SPLITS)) + 1), key=cost)
+
+
+def _check(
+    q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, table_BP: Tensor, position_BT: Tensor,
+    first_B: Tensor | None,
+) -> None:  # fmt: skip
+    rows, tokens, _, rank = q_latent_BTHR.shape
+    rope = q_rope_BTHD.shape[-1]
+    missing = cache_obstacle(rank, rope, cache_PGW.shape[1], cache_PGW.dtype, cache_PGW.device)
+    if missing:
+        raise ValueError(f"the MLA decode kernel cannot take this: {missing}")
+    width = row_bytes(rank, rope) if cache_PGW.dtype == torch.uint8 else rank + rope
+    if cache_PGW.shape[2] != width or not cache_PGW.is_contiguous():
+        raise ValueError(f"cache is {tuple(cache_PGW.shape)}; expected contiguous rows of {width} ({cache_PGW.dtype})")
+    for name, query in (("q_latent", q_latent_BTHR), ("q_rope", q_rope_BTHD)):
+        if query.dtype != torch.bfloat16 or query.shape[:3] != q_latent_BTHR.shape[:3] or query.stride(-1) != 1:
+            raise ValueError(
+                f"{name} is {tuple(query.shape)} of {query.dtype}; expected (B, T, H, size) of bfloat16 with the last "
+                "dimension dense, the same B, T, H for both"
+            )
+    expected = {"table": (table_BP, (rows, table_BP.shape[-1])), "position": (position_BT, (rows, tokens))}
+    if first_B is not None:
+        expected["first"] = first_B, (rows,)
+    for name, (indices, shape) in expected.items():
+        if indices.shape != shape or indices.dtype not in (torch.int32, torch.int64) or indices.stride(-1) != 1:
+            raise ValueError(
+                f"{name} is {tuple(indices.shape)} of {indices.dtype}; expected {shape} of int32 or int64, dense"
+            )
+    same_device(cache=cache_PGW, q_latent=q_latent_BTHR, q_rope=q_rope_BTHD, table=table_BP, position=position_BT)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
