@@ -47,9 +47,28 @@ def run_recipe(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: Ru
 
 
 @app.command()
-def traces(recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
-    """Sample the teacher's traces."""
-    _stages(["problems", "traces"], recipe, overrides, runs_dir)
+def traces(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts, in a run folder of its own.")
+    ] = None,
+) -> None:
+    """Sample the teacher's traces.
+
+    `distill traces merge OUT RUN...` puts the traces of run folders, of shards above all, into one.
+    """
+    if recipe == "merge":
+        return _merge(overrides or [])
+    from distill.pipeline import run_stages
+    from distill.shards import parse_shard, shard_folder
+
+    loaded, folder = _recipe_and_folder(recipe, overrides, runs_dir)
+    part = None if shard is None else parse_shard(shard)
+    if part is not None and not Path(recipe).is_dir():
+        folder = shard_folder(folder, part)
+    run_stages(["problems", "traces"], loaded, folder, shard=part)
 
 
 @app.command("filter")
@@ -158,7 +177,13 @@ def inspect_teacher(
 
 @teacher_app.command("serve")
 def serve_teacher(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a shipped model's name.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|RECIPE", help="A model folder, a shipped or hub name, or a recipe.")
+    ],
+    overrides: Overrides = None,
+    engine: Annotated[
+        Literal["auto", "own", "vllm"], typer.Option(help="auto: ours for what it is made for, else vLLM.")
+    ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     served_model_name: Annotated[
@@ -168,26 +193,45 @@ def serve_teacher(
         Literal["deepseek_r1", "none"],
         typer.Option(help="Split replies at </think> into reasoning and content."),
     ] = "deepseek_r1",
-    batch_size: Annotated[int, typer.Option(min=1, help="Most sequences running at once.")] = 256,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Most sequences running at once; else the recipe's, or 256.")
+    ] = None,
     max_len: Annotated[int | None, typer.Option(min=2, help="Most tokens a sequence; else the context.")] = None,
-    cache_tokens: Annotated[int | None, typer.Option(min=2, help="Room of the latent cache; else by memory.")] = None,
-    speculate: Annotated[int, typer.Option(min=0, help="Tokens that the MTP head drafts a step.")] = 0,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Sequences waiting before calls get 429.")] = 1024,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Our engine: room of the latent cache; else by memory.")
+    ] = None,
+    speculate: Annotated[int | None, typer.Option(min=0, help="Tokens that the MTP head drafts a step.")] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Our engine: sequences waiting before calls get 429.")] = 1024,
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, typer.Option(help="Of the weights; else what is fastest.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Our engine: cpu or cuda.")] = "cpu",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight have after SIGTERM.")] = 30,
+    only_print: Annotated[bool, typer.Option("--print", help="vLLM: only print its command.")] = False,
+    script: Annotated[
+        Literal["slurm", "ssh"] | None, typer.Option(help="vLLM: print a launch script for one or more nodes.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="vLLM: nodes of the script.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="vLLM: GPUs of a node; else this machine's.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="vLLM: GB of each, as on its label.")] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="vLLM: restarts in a row before giving up.")] = 10,
+    vllm_python: Annotated[str | None, typer.Option(help="Python of the environment that has vLLM.")] = None,
 ) -> None:
-    """Serve OpenAI's endpoints; the key clients must send is DISTILL_API_KEY's, if set."""
+    """Serve OpenAI's endpoints, on our engine or through vLLM; clients must send DISTILL_API_KEY's key, if set."""
     from distill import teacher_serve
+    from distill.serving.serve import VllmOptions
+    from distill.serving.supervise import Patience
 
     options = teacher_serve.ServeOptions(
         host=host, port=port, names=tuple(served_model_name or ()), reasoning_parser=reasoning_parser,
         batch_size=batch_size, max_len=max_len, cache_tokens=cache_tokens, speculate=speculate,
         max_waiting=max_waiting, dtype=dtype, device=device, grace=grace,
     )  # fmt: skip
-    teacher_serve.run(model, options)
+    vllm = VllmOptions(
+        python=vllm_python, gpus=gpus, gpu_memory=gpu_memory, nodes=nodes,
+        output="print" if only_print else script or "run", patience=Patience(grace=grace, restarts=restarts),
+    )  # fmt: skip
+    teacher_serve.run(model, overrides or [], options, vllm, engine)
 
 
 @base_app.command("train")
@@ -197,6 +241,16 @@ def train_base(config: ConfigArgument, overrides: Overrides = None) -> None:
     from distill import base_training
 
     base_training.run(path, overrides or [])
+
+
+def _merge(folders: list[str]) -> None:
+    from distill.errors import UserError
+    from distill.shards import merge
+
+    if len(folders) < 2:
+        raise UserError("expected `distill traces merge OUT RUN...`: the run folder to fill, and those to fill it from")
+    out, *runs = map(Path, folders)
+    typer.echo(merge(out, runs))
 
 
 def _stages(stages: list[str], recipe: str, overrides: list[str] | None, runs_dir: Path) -> None:

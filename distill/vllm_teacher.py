@@ -172,7 +172,8 @@ class VllmTeacher:
             answer_tokens=len(ids) - reasoning,
             seconds=message["seconds"],
             attempts=flight.attempts,
-            logprobs=TopLogprobs(top["tokens"][: len(ids)], top["logprobs"][: len(ids)]) if top else None,
+            # Position by position with the text, so without the end-of-sequence token.
+            logprobs=TopLogprobs(top["tokens"][: len(ids)], top["logprobs"][: len(ids)], ids) if top else None,
         )
 
     def _again(self, flight: _Flight, error: str) -> list[Reply]:

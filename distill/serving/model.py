@@ -22,7 +22,8 @@ class Facts:
     context: int | None  # most tokens of a sequence
     heads: int  # what tensor parallelism must divide
     experts: bool
-    latent: bool  # latent attention: its cache is small, but every tensor-parallel GPU holds all of it
+    # (kv_lora_rank, qk_rope_head_dim) of latent attention: its cache is small, but every tensor-parallel GPU holds all.
+    latent: tuple[int, int] | None
     mtp_layers: int
     weights: int | None
     expert_weights: int  # the part of them that expert parallelism spreads over all GPUs
@@ -39,9 +40,9 @@ def read_facts(model: str, revision: str | None = None, field: str = "teacher.mo
     heads = int(text.get("num_attention_heads", 1))
     stored = sum(path.stat().st_size for path in found.glob("*.safetensors")) if isinstance(found, Path) else None
     weights, experts = _deepseek_bytes(config) or (stored or None, 0)
-    latent = text.get("kv_lora_rank")
+    latent = (int(text["kv_lora_rank"]), int(text["qk_rope_head_dim"])) if text.get("kv_lora_rank") else None
     if latent:
-        values = int(latent) + int(text.get("qk_rope_head_dim", 0))
+        values = sum(latent)
     else:
         width = text.get("head_dim") or int(text.get("hidden_size", 0)) // heads
         values = 2 * int(text.get("num_key_value_heads") or heads) * int(width)
@@ -51,7 +52,7 @@ def read_facts(model: str, revision: str | None = None, field: str = "teacher.mo
         context=text.get("max_position_embeddings"),
         heads=heads,
         experts=any(text.get(name) for name in ("n_routed_experts", "num_experts", "num_local_experts")),
-        latent=bool(latent),
+        latent=latent,
         mtp_layers=int(text.get("num_nextn_predict_layers") or 0),
         weights=weights,
         expert_weights=experts,

@@ -40,7 +40,8 @@ async def _serve(arguments: dict[str, Any], out: IO[str]) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     if current_platform.is_cpu():
-        arguments = on_cpu(arguments, _model_config(arguments))
+        arguments, environment = on_cpu(arguments, _latent(arguments))
+        os.environ.update(environment)
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     loop = asyncio.get_running_loop()
     died: asyncio.Future[None] = loop.create_future()
@@ -109,33 +110,31 @@ def likeliest(flat: Any, count: int) -> dict[str, list[list[Any]]]:
     return {"tokens": ids, "logprobs": values}
 
 
-def on_cpu(arguments: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with which vLLM's CPU build (0.32) is right, where the recipe does not decide it.
+def on_cpu(arguments: dict[str, Any], latent: tuple[int, int] | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """(arguments, environment) with which vLLM's CPU build (0.32) is right, where the recipe does not decide it.
 
     Eager rotary embedding mishandles DeepSeek's three-dimensional queries unless RoPE is scaled: log-probabilities are
-    off by 2 to 5, without an error. Attention over latents has kernels for the published sizes alone. And the
-    default share of memory is refused on a machine that also does something else.
+    off by 2 to 5, without an error. Attention over latents has kernels for the published sizes alone; `latent` are
+    the model's (kv_lora_rank, qk_rope_head_dim), None for other attention. And the default share of memory is refused
+    on a machine that also does something else.
     """
     changed = dict(arguments)
     compilation = changed.get("compilation_config", {})
     if changed.get("enforce_eager") and isinstance(compilation, dict):
         changed["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"], **compilation}
-    latent = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
-    if latent not in ((None, None), (512, 64)):
-        os.environ["VLLM_MLA_DISABLE"] = "1"
     if not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & changed.keys():
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         changed["kv_cache_memory_bytes"] = min(free // 4, 4 * _GIB)
-    return changed
+    return changed, {} if latent in (None, (512, 64)) else {"VLLM_MLA_DISABLE": "1"}
 
 
-def _model_config(arguments: dict[str, Any]) -> dict[str, Any]:
+def _latent(arguments: dict[str, Any]) -> tuple[int, int] | None:
     from transformers import PretrainedConfig
 
-    config: dict[str, Any] = PretrainedConfig.get_config_dict(
+    config = PretrainedConfig.get_config_dict(
         arguments["model"], revision=arguments.get("revision"), trust_remote_code=False
     )[0]
-    return config
+    return (config["kv_lora_rank"], config["qk_rope_head_dim"]) if config.get("kv_lora_rank") else None
 
 
 def _say(out: IO[str], message: dict[str, Any]) -> None:
