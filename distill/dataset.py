@@ -6,7 +6,6 @@ datasets.load_dataset("runs/NAME/dataset", "answers_only")    # the baseline: th
 llamafactory/dataset_info.json names the same files in LLaMA-Factory's way: its `dataset_dir`.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +19,7 @@ from distill.mixture import mix
 from distill.reasoning import CLOSE, OPEN, assistant_text
 from distill.recipe import Recipe
 from distill.records import DatasetRow, FunnelRow, Problem, Trace
+from distill.reference import final_answer
 from distill.selection import validation_problems
 
 if TYPE_CHECKING:
@@ -130,19 +130,6 @@ def trace_row(trace: Trace, problem: Problem) -> DatasetRow:
         "source": problem["source"],
         "answer": problem["answer"],
     }
-
-
-def final_answer(problem: Problem) -> str | None:
-    """The reference as a reply would state it; None where the reference says how to judge instead."""
-    if problem["kind"] in ("code", "regex") or problem["answer"] is None:
-        return None
-    if problem["kind"] != "reasoning-gym":
-        return problem["answer"]
-    try:
-        answer = json.loads(problem["answer"])["answer"]
-        return None if answer is None else str(answer)
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def answer_row(problem: Problem, trace: Trace) -> DatasetRow:

@@ -84,7 +84,11 @@ class LanguageFilter(Section):
         None, description="What traces should be written in; null for each problem's own language."
     )
     min_share: float = Field(0.98, ge=0, le=1, description="Smallest share of words in that language.")
-    max_run: int = Field(2, ge=0, description="Most words of another language in a row.")
+    max_run: int | None = Field(
+        None,
+        ge=0,
+        description="Most words of another language in a row; null for 0 where the language has Latin script, else 2.",
+    )
 
 
 class ReadabilityFilter(Section):

@@ -5,6 +5,7 @@ from pathlib import Path
 from distill.filters.asking import needing, open_judge
 from distill.recipe import CorrectnessFilter
 from distill.records import Problem, Trace, Verdict
+from distill.reference import shown_reference
 
 VERSION = 3
 
@@ -85,7 +86,7 @@ def _verdict(verdict: str, why: str, extracted: str | None, problem: Problem) ->
         reason = f"{verdict}: {why}"
     else:
         sign = {"correct": "=", "wrong": "≠", "unverifiable": "?"}[verdict]
-        reason = f"{verdict}: {_short(extracted)} {sign} {_short(problem['answer'])} ({why})"
+        reason = f"{verdict}: {_short(extracted)} {sign} {_short(shown_reference(problem) or '')} ({why})"
     return Verdict(verdict == "correct", reason, settled=not why.startswith(NO_VERDICT))
 
 

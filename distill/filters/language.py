@@ -6,8 +6,8 @@ in a window of 8 or 12 words of which several are small words of another languag
 and next to none of the problem's. Formulas, LaTeX commands and code have no language, nor have numbers, single
 letters and what the problem itself quotes.
 
-Rejected: too small a share, and a stretch of foreign words as long as a clause wherever it stands, since in a
-trace of 5,000 words a whole foreign sentence is 0.2%.
+Rejected: too small a share, and a stretch of foreign words wherever it stands, since in a trace of 5,000 words a
+whole foreign sentence is 0.2%. Among Latin letters one sign of another script is such a stretch.
 """
 
 import re
@@ -22,10 +22,12 @@ from distill.records import Problem, Trace, Verdict
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 1
+VERSION = 2
 
 _WINDOWS = (8, 12)  # words: a clause, and a sentence with fewer small words
 _FOREIGN, _OWN = 4, 1  # at least so many small words of another language, and at most so many of the target's
+
+_MAX_RUN = 2  # foreign words in a row, in a language that is not written in Latin letters
 
 NEUTRAL, LATIN, HAN, KANA, HANGUL, CYRILLIC, GREEK, ARABIC, HEBREW, DEVANAGARI, THAI, OTHER = range(12)
 _SCRIPTS = (  # by code
@@ -72,7 +74,9 @@ def _check(words: Words, problem: Words, settings: LanguageFilter) -> Verdict:
         return Verdict(True, f"all {total} words are {target.name}", measured)
     begin, stop = longest_run(foreign, bearing)
     run = int(foreign[begin:stop].sum())
-    passed = share >= settings.min_share and run <= settings.max_run
+    # English words stand in Chinese text by right; a Chinese sign in English text is a slip.
+    allowed = settings.max_run if settings.max_run is not None else 0 if LATIN in target.scripts else _MAX_RUN
+    passed = share >= settings.min_share and run <= allowed
     said = words.text(begin, min(stop, begin + 16))
     other = _other(words, script, foreign, target)
     return Verdict(

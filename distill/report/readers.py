@@ -7,9 +7,11 @@ that nobody picked them) and evenly over families, each text cut in its middle w
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from distill.jsonl import read_jsonl
+from distill.records import Problem
+from distill.reference import shown_reference
 from distill.visible import visible
 
 Row = dict[str, Any]
@@ -53,8 +55,8 @@ def family(problem: Row | None) -> str:
 
 
 def _answer(problem: Row | None) -> str | None:
-    answer = (problem or {}).get("answer")
-    return None if answer is None else cut(str(answer), SHORTEST_CUT)
+    answer = shown_reference(cast(Problem, problem)) if problem else None
+    return None if answer is None else cut(answer, SHORTEST_CUT)
 
 
 def _rows(path: Path) -> Iterable[Row]:

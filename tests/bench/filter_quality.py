@@ -1,6 +1,6 @@
 """Precision and recall of the filters on the labelled sample (tests/data): rejecting is the positive.
 
-    python -m tests.bench.filter_quality [--json FILE] [--set language.max_run=0 ...]
+    python -m tests.bench.filter_quality [--json FILE] [--set language.max_run=2 ...]
 
 Printed by part of the sample: `random` and `chosen` real traces, `faulty` copies; then every trace on which filter and
 label disagree, with both sides' reason. The chosen ones were taken because a filter had rejected them or nearly so:

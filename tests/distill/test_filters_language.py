@@ -102,6 +102,14 @@ def test_formulas_are_exempt_in_a_problem_of_another_script():
     assert verdict(text, FULL["Chinese"]).passed
 
 
+def test_one_chinese_word_in_english_is_a_slip_and_one_english_word_in_chinese_is_none():
+    mixed = THINKING * 20 + "so the shop sells them先后 at that price. " + THINKING * 20
+    assert not verdict(mixed).passed and verdict(mixed, settings=LanguageFilter(max_run=2)).passed
+    borrowed = SPLICED["Chinese"] * 20 + "所以 Alice 的苹果最多。" + SPLICED["Chinese"] * 20
+    assert verdict(borrowed, FULL["Chinese"]).passed
+    assert not verdict(borrowed, FULL["Chinese"], LanguageFilter(max_run=0)).passed
+
+
 def test_what_the_problem_quotes_may_be_quoted():
     asked = "Translate the sentence 'Je ne sais pas ce que tu veux dire' into English and count its words, please."
     text = "The sentence is 'Je ne sais pas ce que tu veux dire', so it means that I do not know what you mean. "
@@ -148,11 +156,12 @@ def test_real_traces_are_rejected_only_where_they_are_mixed():
         for row, v in zip(rows, judged(rows, LanguageFilter()), strict=True)
         if not v.passed
     ]
-    # Read by eye: each of them has a clause of Chinese, or Russian, in the middle of English.
+    # Read by eye: each of them has a clause or a word of Chinese, or of Russian, in the middle of English.
     assert rejected == [
-        ("deep", "gsm8k-normal-374"), ("s1.1", "gsm8k-normal-572"), ("s1.1", "gsm8k-normal-66"),
-        ("s1.1", "gsm8k-normal-67"), ("s1.1", "gsm8k-normal-196"), ("s1.1", "gsm8k-normal-287"),
-        ("s1.1", "gsm8k-normal-299"),
+        ("deep", "gsm8k-normal-374"), ("QwQ-", "gsm8k-normal-509"), ("s1.1", "gsm8k-normal-572"),
+        ("s1.1", "gsm8k-normal-66"), ("s1.1", "gsm8k-normal-67"), ("s1.1", "gsm8k-normal-88"),
+        ("s1.1", "gsm8k-normal-196"), ("s1.1", "gsm8k-normal-267"), ("s1.1", "gsm8k-normal-275"),
+        ("s1.1", "gsm8k-normal-287"), ("s1.1", "gsm8k-normal-299"),
     ]  # fmt: skip
 
 

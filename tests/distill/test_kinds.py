@@ -5,13 +5,13 @@ from itertools import islice
 
 import pytest
 
-from distill.dataset import final_answer
 from distill.errors import UserError
 from distill.filters import correctness
 from distill.filters import format as format_filter
 from distill.problems import build_problems, reasoning_gym_problems
 from distill.recipe import FormatFilter, ProblemSource
 from distill.recipe_load import load_recipe
+from distill.reference import final_answer
 from tests.distill.small_run import problem, trace
 
 JUDGE = "{base_url: 'http://127.0.0.1:9/v1', model: m}"
