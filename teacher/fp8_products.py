@@ -1,7 +1,8 @@
 """The three products of a layer trained in FP8, on quantised operands: forward, gradient of input, gradient of weight.
 
 DeepSeek-V3 section 3.3: values in e4m3 throughout, scales by tiles along the dimension that the product sums over, so
-that partial sums of 128 can be scaled in fp32. Here the arithmetic is emulated: operands are multiplied back by their
+that partial sums of 128 can be scaled in fp32. Here the arithmetic is emulated (teacher.kernels.products is the same
+by kernels): operands are multiplied back by their
 scales and multiplied in fp32, which is what FP8 units with promotion to fp32 every 128 products compute, up to the
 order of fp32 additions (Hopper's own accumulation inside the 128 keeps fewer bits; section 3.5.2).
 
@@ -40,10 +41,6 @@ class Quantized(NamedTuple):
         scale = scale.repeat_interleave(across, dim=1) if across > 1 else scale
         return decode(self.values).mul_(scale[: self.values.shape[0], : self.values.shape[1]])
 
-    def transposed(self) -> Quantized:
-        """The transpose, of the same values and scales."""
-        return Quantized(self.values.mT, self.scale.mT, (self.block[1], self.block[0]))
-
 
 def along_columns(x_RC: Tensor) -> Quantized:
     """Tiles of 1 x 128, of an activation or its gradient whose columns the product sums over."""
@@ -63,19 +60,34 @@ def weight(w: Tensor) -> Quantized:
     return Quantized(torch.stack(values), torch.stack(scales), WEIGHT_BLOCK)
 
 
-def product(x_NK: Quantized, w_OK: Quantized) -> Tensor:
-    """x w^T, (N, O) fp32: the forward product; with the gradient and the weight's transpose that of the input."""
-    return F.linear(x_NK.dequantized(), w_OK.dequantized())
+def again_along_tokens(x_RC: Quantized) -> Quantized:
+    """Tiles of 128 x 1 of what was kept in tiles of 1 x 128: a second rounding, which the paper takes too."""
+    return along_tokens(x_RC.dequantized())
+
+
+def product(x_NK: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tensor:
+    """x w^T, (N, O)."""
+    return F.linear(x_NK.dequantized(), w_OK.dequantized()).to(dtype)
+
+
+def input_product(dy_NO: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tensor:
+    """dy w, (N, K)."""
+    return (dy_NO.dequantized() @ w_OK.dequantized()).to(dtype)
 
 
 def weight_product(dy_NO: Quantized, x_NK: Quantized) -> Tensor:
-    """dy^T x, (O, K) fp32, summed over tokens."""
+    """dy^T x, (O, K) fp32, of operands in tiles along tokens."""
     return dy_NO.dequantized().mT @ x_NK.dequantized()
 
 
-def grouped_product(x_RK: Quantized, w_EOK: Quantized, ends_E: Tensor) -> Tensor:
-    """Each expert's rows times its own matrix, (R, O) fp32; `ends_E` int32, the end of each expert's rows."""
-    return F.grouped_mm(x_RK.dequantized(), w_EOK.dequantized().mT, offs=ends_E)
+def grouped_product(x_RK: Quantized, w_EOK: Quantized, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each expert's rows times its own matrix, (R, O); `ends_E` int32, the end of each expert's rows."""
+    return F.grouped_mm(x_RK.dequantized(), w_EOK.dequantized().mT, offs=ends_E).to(dtype)
+
+
+def grouped_input_product(dy_RO: Quantized, w_EOK: Quantized, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy w of each expert, (R, K)."""
+    return F.grouped_mm(dy_RO.dequantized(), w_EOK.dequantized(), offs=ends_E).to(dtype)
 
 
 def grouped_weight_product(dy_RO: Quantized, x_RK: Quantized, ends_E: Tensor) -> Tensor:

@@ -12,21 +12,40 @@ Shapes: N tokens, K and O columns of input and output, E experts, R rows of the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teacher import fp8_products as fp8
+from teacher import fp8_products as emulated
 from teacher.checkpoint import is_fp8_matrix
 from teacher.experts import Experts, expert_layout
+from teacher.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK
 from teacher.fp8_products import Quantized
 from teacher.routing import Routing
 
 _TILE = 128  # rows: no tile along tokens may hold two experts
+
+
+@functools.cache
+def products(device: torch.device) -> ModuleType:
+    """What multiplies on `device`: the kernels where they run, else their emulation. Says once which it is."""
+    if device.type == "cpu":
+        return emulated
+    from teacher.kernels.arguments import obstacle
+
+    if (reason := obstacle(device)) is not None:
+        print(f"FP8 products are emulated: {reason}", flush=True)
+        return emulated
+    from teacher.kernels import products as kernels
+
+    print("FP8 products by teacher.kernels", flush=True)
+    return kernels
 
 
 class _Linear(torch.autograd.Function):
@@ -34,18 +53,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NK: Tensor, weight_OK: Tensor) -> Tensor:
+        fp8 = ctx.fp8 = products(x_NK.device)
         x, w = fp8.along_columns(x_NK), fp8.weight(weight_OK)
         ctx.save_for_backward(*x[:2], *w[:2])
-        return fp8.product(x, w).to(x_NK.dtype)
+        return fp8.product(x, w, x_NK.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, w = _saved(ctx)
+        (x, w), fp8 = _saved(ctx), ctx.fp8
         dx_NK = dw_OK = None
         if ctx.needs_input_grad[0]:
-            dx_NK = fp8.product(fp8.along_columns(dy_NO), w.transposed()).to(dy_NO.dtype)
+            dx_NK = fp8.input_product(fp8.along_columns(dy_NO), w, dy_NO.dtype)
         if ctx.needs_input_grad[1]:
-            dw_OK = fp8.weight_product(fp8.along_tokens(dy_NO), fp8.along_tokens(x.dequantized()))
+            dw_OK = fp8.weight_product(fp8.along_tokens(dy_NO), fp8.again_along_tokens(x))
         return dx_NK, dw_OK
 
 
@@ -54,24 +74,25 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_RK: Tensor, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
+        fp8 = ctx.fp8 = products(x_RK.device)
         x, w = fp8.along_columns(x_RK), fp8.weight(weight_EOK)
         ctx.save_for_backward(*x[:2], *w[:2], ends_E)
-        return fp8.grouped_product(x, w, ends_E).to(x_RK.dtype)
+        return fp8.grouped_product(x, w, ends_E, x_RK.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x, w), ends_E = _saved(ctx), ctx.saved_tensors[4]
+        (x, w), ends_E, fp8 = _saved(ctx), ctx.saved_tensors[4], ctx.fp8
         dx_RK = dw_EOK = None
         if ctx.needs_input_grad[0]:
-            dx_RK = fp8.grouped_product(fp8.along_columns(dy_RO), w.transposed(), ends_E).to(dy_RO.dtype)
+            dx_RK = fp8.grouped_input_product(fp8.along_columns(dy_RO), w, ends_E, dy_RO.dtype)
         if ctx.needs_input_grad[1]:
-            dw_EOK = fp8.grouped_weight_product(fp8.along_tokens(dy_RO), fp8.along_tokens(x.dequantized()), ends_E)
+            dw_EOK = fp8.grouped_weight_product(fp8.along_tokens(dy_RO), fp8.again_along_tokens(x), ends_E)
         return dx_RK, dw_EOK, None
 
 
 def _saved(ctx: Any) -> tuple[Quantized, Quantized]:
     x_values, x_scale, w_values, w_scale = ctx.saved_tensors[:4]
-    return Quantized(x_values, x_scale, fp8.ACTIVATION_BLOCK), Quantized(w_values, w_scale, fp8.WEIGHT_BLOCK)
+    return Quantized(x_values, x_scale, ACTIVATION_BLOCK), Quantized(w_values, w_scale, WEIGHT_BLOCK)
 
 
 def linear(x: Tensor, weight_OK: Tensor) -> Tensor:
