@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distill.generation.past import generation
 from distill.jsonl import read_jsonl
 from distill.recipe import Recipe, Student
 from distill.shipped import resolve_model
@@ -41,6 +42,7 @@ def build(recipe: Recipe, folder: Path, manifest: Row) -> Row:
         "evals": recipe.evals.model_dump(include={"samples", "temperature", "top_p", "max_tokens", "bootstrap"}),
         "trained_on": _lines(folder / "dataset" / "train.jsonl"),
         "peak_rss_bytes": {name: entry["peak_rss_bytes"] for name, entry in told.items() if "peak_rss_bytes" in entry},
+        "generation": generation(folder, manifest, funnel[-1]["out"] if funnel else None),
         "missing": missing,
     }
 

@@ -190,7 +190,7 @@ for (const [kind, section, items, view] of [
   const node = document.getElementById(section);
   if (node) readers[kind] = new Reader(node, kind, items, view);
 }
-document.querySelectorAll(".linechart").forEach((chart) => follow(chart, data.charts[Number(chart.dataset.chart)]));
+document.querySelectorAll(".linechart[data-chart]").forEach((chart) => follow(chart, data.charts[Number(chart.dataset.chart)]));
 themeButton(document.getElementById("theme"));
 addEventListener("hashchange", visitAddress);
 visitAddress();

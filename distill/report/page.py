@@ -16,6 +16,7 @@ from distill.recipe import Recipe
 from distill.report import sections, words
 from distill.report.curves import read_curves
 from distill.report.examples import read_examples
+from distill.report.generation import generation
 from distill.report.readers import choose_answers, choose_traces
 
 Row = dict[str, Any]
@@ -56,7 +57,17 @@ def _template() -> Any:
     script = reader + page
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    for name in ("percent", "points", "count", "short_count", "duration", "memory", "interval", "point_interval"):
+    for name in (
+        "percent",
+        "points",
+        "count",
+        "short_count",
+        "duration",
+        "memory",
+        "interval",
+        "point_interval",
+        "amount",
+    ):
         environment.filters[name] = getattr(words, name)
     environment.filters["heat"] = lambda share: round(10 * share)
     environment.filters["loss"] = lambda value: "–" if value is None else f"{value:.3f}"
@@ -84,6 +95,7 @@ def _context(recipe: Recipe, folder: Path, results: Row) -> Row:
         "plots": sections.plots(results),
         "families": sections.families(results),
         "endings": sections.endings(results),
+        "generation": generation(results),
         "funnel": sections.funnel(results),
         "filters": read_examples(folder, results["funnel"]),
         "training": charts,
@@ -104,7 +116,8 @@ def _context(recipe: Recipe, folder: Path, results: Row) -> Row:
 
 def _sections(context: Row) -> list[tuple[str, str]]:
     present = [("result", "Result", True), ("families", "Families", context["families"])]
-    present += [("endings", "Endings", context["endings"]), ("funnel", "Funnel", context["funnel"])]
+    present.append(("endings", "Endings", context["endings"]))
+    present += [("generation", "Generation", context["generation"]), ("funnel", "Funnel", context["funnel"])]
     present.append(("filters", "Filters", context["filters"]))
     present += [("training", "Training", context["training"]), ("cost", "Time", context["cost"])]
     present += [("traces", "Traces", context["data"]["traces"]), ("answers", "Answers", context["data"]["answers"])]

@@ -61,6 +61,20 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def brief_seconds(seconds: float | None) -> str:
+    """Seconds of one thing, which may be short: '14 ms', '1.37 s', '26 s', '3 min 12 s'."""
+    if seconds is None or seconds >= 59.5:
+        return duration(seconds)
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def amount(number: float | None) -> str:
+    """Money or GPU-hours, which may be tiny: '1,234.50', '0.42', '0.00037', '2.1e-06'."""
+    if number is None:
+        return "–"
+    return f"{number:,.2f}" if number >= 0.1 else f"{number:.2g}"
+
+
 def memory(size: int | None) -> str:
     """Bytes in binary units of three digits: '1.21 GiB'."""
     return "–" if size is None else f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
