@@ -24,8 +24,8 @@ from distill.serving.model import read_facts
 from distill.serving.placement import place
 from distill.vllm_identity import identity as identity
 
-# Deaths in a row, without a reply in between, after which the engine is given up.
-DEATHS = 3
+# Starts in a row that come to nothing, after which the engine is given up.
+STARTS = 3
 # Asks beyond those decoded at once, as a share: a slot that falls free is filled without waiting for us.
 _AHEAD = 0.25
 _TICK = 0.1
@@ -197,8 +197,11 @@ class VllmTeacher:
         if never_ready and self._errors["engine_died"] == 1:
             # The first start of all: trying once more would change nothing.
             raise UserError(f"teacher.vllm: vLLM's engine did not start: {words}")
-        if self._deaths >= DEATHS:
-            raise EngineDied(f"vLLM's engine died {DEATHS} times without a reply in between; it said last: {words}")
+        # One ask that kills it is given up after its attempts; if that was not the cause, the engine is.
+        if self._deaths > self._attempts or (never_ready and self._deaths >= STARTS):
+            raise EngineDied(
+                f"vLLM's engine died {self._deaths} times without a reply in between; it said last: {words}"
+            )
         # GPUs give their memory back some time after a process's death.
         self._not_before = time.monotonic() + 2.0 ** (self._deaths - 1) - 1
         flights, self._flying = list(self._flying.values()), {}
