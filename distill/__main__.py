@@ -5,6 +5,8 @@ import os
 import sys
 import traceback
 
+from distill.errors import Unfinished
+
 OK, FAILED, USER, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -34,6 +36,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     """(exit code, one line) for a failure that needs no traceback; None for a bug."""
     if is_disk_full(error):
         return FAILED, f"no space left on device{_place(error)}; free some and start the same command again, it resumes"
+    if isinstance(error, Unfinished):
+        return FAILED, _one_line(error)
     if isinstance(error, ValueError):
         return USER, _one_line(error) + _where(error)
     if isinstance(error, OSError):

@@ -61,8 +61,8 @@ def traces(
     """
     if recipe == "merge":
         return _merge(overrides or [])
+    from distill.generation.merge import parse_shard, shard_folder
     from distill.pipeline import run_stages
-    from distill.shards import parse_shard, shard_folder
 
     loaded, folder = _recipe_and_folder(recipe, overrides, runs_dir)
     part = None if shard is None else parse_shard(shard)
@@ -245,7 +245,7 @@ def train_base(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 def _merge(folders: list[str]) -> None:
     from distill.errors import UserError
-    from distill.shards import merge
+    from distill.generation.merge import merge
 
     if len(folders) < 2:
         raise UserError("expected `distill traces merge OUT RUN...`: the run folder to fill, and those to fill it from")

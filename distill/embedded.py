@@ -1,7 +1,8 @@
 """teacher.kind 'embedded': the teacher runs in this process, on our own engine."""
 
+import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 from distill.errors import UserError
 from distill.files import sha256_file, sha256_json
 from distill.reasoning import closing_tag
-from distill.records import Ask, Reply
+from distill.records import Ask, Asks, EndpointState, Reply, TopLogprobs
 from distill.shipped import resolve_model
 
 if TYPE_CHECKING:
     from distill.recipe import Teacher
-    from teacher.engine import Completion
+    from teacher.engine import Completion, Engine, Request
     from teacher.model import DeepseekV3
+    from teacher.requests import TokenLogprobs
 
+_CACHE_BYTES = 1 << 30  # of the engine's cache, at most; but it holds one sequence of the whole context
+_PAUSE = 0.01  # seconds
 # What decides the text that a model folder generates; its README and training logs do not.
 _IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 
@@ -90,6 +94,12 @@ def open_model(model: str, dtype: str | None = None, device: str = "cpu", field:
     return OpenModel(folder, weights, tokenizer, _stop_ids(folder, tokenizer))
 
 
+def identity(teacher: "Teacher") -> dict[str, Any]:
+    """What the manifest says of the teacher, found without loading it: "id", "model", "kind" and "licence"."""
+    found = {"id": teacher_id(teacher.model), "licence": teacher_licence(teacher.model)}
+    return {"kind": teacher.kind, "model": teacher.model, **found}
+
+
 class EmbeddedTeacher:
     """A loaded model with its tokenizer and engine; see distill.records.TeacherBackend."""
 
@@ -101,29 +111,71 @@ class EmbeddedTeacher:
         self.batch_size = teacher.batch_size
         self.model, self.tokenizer, self.stop_ids = opened.model, opened.tokenizer, opened.stop_ids
         self.runs_in: str | None = None  # what the engine ran in, once it has: C, or torch several times as slowly
+        self._in_flight = 0
 
-    def generate(self, asks: Iterable[Ask]) -> Iterator[Reply]:
-        """Replies as they finish. A prompt that fills the model's context is answered 'prompt_too_long'."""
-        from teacher.engine import Engine, Request
+    def generate(self, asks: Asks) -> Iterator[list[Reply]]:
+        """See TeacherBackend. A prompt that fills the model's context is answered 'prompt_too_long'."""
+        engine: Engine | None = None
+        self._in_flight = 0
+        while True:
+            taken = asks.take(self.batch_size - self._in_flight) if self._in_flight < self.batch_size else []
+            requests, replies = self._requests(taken)
+            if requests and engine is None:
+                engine = self._make_engine(requests, last=asks.closed)
+            for request in requests:
+                assert engine is not None
+                engine.add(request)
+            self._in_flight += len(requests)
+            if self._in_flight:
+                assert engine is not None
+                done = [update.completion for update in engine.step() if update.completion is not None]
+                self._in_flight -= len(done)
+                replies += map(self._reply, done)
+            elif not taken:
+                if asks.closed:
+                    return
+                time.sleep(_PAUSE)  # what comes next hangs on replies that are being verified
+            yield replies
+
+    def states(self) -> dict[str, EndpointState]:
+        return {self.id: EndpointState(self._in_flight, self.batch_size, True, {})}
+
+    def _requests(self, asks: list[Ask]) -> "tuple[list[Request], list[Reply]]":
+        """What to ask the engine, and the replies to what it cannot be asked."""
+        from teacher.engine import Request
 
         limit = self.model.config.max_position_embeddings
-        requests = []
+        requests, replies = [], []
         for ask in asks:
             prompt = self._prompt_ids(ask)
             room = min(ask.max_tokens, limit - len(prompt))
             if room < 1:
-                yield Reply(ask.id, "", "prompt_too_long", len(prompt), 0, 0, 0.0)
+                replies.append(Reply(ask.id, "", "prompt_too_long", len(prompt), 0, 0, 0.0))
             else:
-                requests.append(Request(ask.id, prompt, ask.temperature, ask.top_p, max_tokens=room, seed=ask.seed))
-        if not requests:
-            return
-        # The cache holds batch_size × max_len positions, so neither is larger than these asks need.
-        longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+                sampling: dict[str, Any] = {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed}
+                requests.append(Request(ask.id, prompt, max_tokens=room, logprobs=ask.logprobs or None, **sampling))
+        return requests, replies
+
+    def _make_engine(self, first: "list[Request]", last: bool) -> "Engine":
+        """An engine with room for these requests, and, unless they are the `last`, for longer ones behind them.
+
+        The cache is as large as a batch like this needs: pages beyond that would only fall out of the processor's
+        caches. Later prompts may be longer, up to the context; then fewer run at once.
+        """
+        from teacher.engine import Engine
+
+        longest = max(len(request.prompt_ids) + request.max_tokens for request in first)
         # The last few sequences of a stage have the machine to themselves: there the MTP module drafts ahead.
         drafts = 4 if self.model.mtp_layers else 0
-        engine = Engine(self.model, self.stop_ids, min(self.batch_size, len(requests)), longest, speculate=drafts)
+        if last:
+            engine = Engine(self.model, self.stop_ids, min(self.batch_size, len(first)), longest, speculate=drafts)
+        else:
+            config = self.model.config
+            token_bytes = (config.num_hidden_layers + 1) * config.latent_dim * self.model.lm_head.weight.element_size()
+            room = max(config.max_position_embeddings, min(self.batch_size * longest, _CACHE_BYTES // token_bytes))
+            engine = Engine(self.model, self.stop_ids, self.batch_size, cache_tokens=room, speculate=drafts)
         self.runs_in = engine.runs_in
-        yield from map(self._reply, engine.generate(requests))
+        return engine
 
     def _prompt_ids(self, ask: Ask) -> list[int]:
         # Rendered to text first: the template writes the special tokens, so none may be added again.
@@ -135,7 +187,10 @@ class EmbeddedTeacher:
         text = self._decode(ids)
         reasoning = self._reasoning_tokens(text, ids)
         answer = len(ids) - reasoning
-        return Reply(done.id, text, done.finish_reason, done.prompt_tokens, reasoning, answer, done.seconds)
+        top = None if done.logprobs is None else _top(done.logprobs)
+        return Reply(
+            done.id, text, done.finish_reason, done.prompt_tokens, reasoning, answer, done.seconds, logprobs=top
+        )  # fmt: skip
 
     def _reasoning_tokens(self, text: str, ids: list[int]) -> int:
         """How many of the tokens it takes to reach the end of the closing tag; all if there is none."""
@@ -148,6 +203,11 @@ class EmbeddedTeacher:
     def _decode(self, ids: list[int]) -> str:
         # Special tokens stay visible: one inside the text is a leak, which the format filter must see.
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _top(positions: "list[TokenLogprobs]") -> TopLogprobs:
+    likeliest = [position.top for position in positions]
+    return TopLogprobs([[token for token, _ in top] for top in likeliest], [[lp for _, lp in top] for top in likeliest])
 
 
 def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.jsonl import Appender, read_jsonl, write_jsonl_atomic
 from distill.problems import read_problems
-from distill.recipe import Recipe, Student, Teacher
+from distill.recipe import Recipe, Sampling, Student, Teacher
 from distill.records import Ask as TeacherAsk
 from distill.shipped import resolve_model
 from distill.training_jobs import cores
@@ -111,7 +111,7 @@ def _side_by_side(models: list[Model], work: Callable[[Model], None], stop: thre
 
 def _models(recipe: Recipe, run: RunFolder) -> list[Model]:
     """Teacher first, as it takes longest; then each student between its floor and what it is compared with."""
-    models = [_teacher(recipe.teacher)] if recipe.evals.teacher else []
+    models = [_teacher(recipe)] if recipe.evals.teacher else []
     for student in recipe.students:
         folder = run.path("students", student.name)
         if "base" in student.baselines:
@@ -144,11 +144,13 @@ def _dense(name: str, weights: Path | str, student: Student, trained: Path, reci
     return Model(name, content_hash(weights)[:12], open_backend, _is_small(weights))
 
 
-def _teacher(teacher: Teacher) -> Model:
+def _teacher(recipe: Recipe) -> Model:
     from distill.traces import identify_teacher
 
+    teacher, evals = recipe.teacher, recipe.evals
     revision, small = identify_teacher(teacher)["id"], _is_small(resolve_model(teacher.model))
-    return Model("teacher", revision, lambda: _TeacherBackend(teacher), small)
+    asked = {name: getattr(evals, name) for name in ("samples", "temperature", "top_p", "max_tokens")}
+    return Model("teacher", revision, lambda: _TeacherBackend(teacher, Sampling(**asked)), small)
 
 
 def _is_small(weights: Path | str) -> bool:
@@ -161,13 +163,14 @@ class _TeacherBackend:
     The `<think>` behind it says what a teacher's template does: what is generated begins with reasoning.
     """
 
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
+    def __init__(self, teacher: Teacher, sampling: Sampling) -> None:
+        self._teacher, self._sampling = teacher, sampling
 
     def render(self, messages: list[dict[str, str]]) -> str:
         return json.dumps(messages, ensure_ascii=False) + THINK_OPEN
 
     def generate(self, asks: Iterable[Ask]) -> Iterator[Answer]:
+        from distill.generation.asks import ListedAsks
         from distill.traces import open_teacher
         from evals.lm import Answer
 
@@ -182,9 +185,12 @@ class _TeacherBackend:
             )
             for ask in asks
         ]
-        for reply in open_teacher(self._teacher).generate(wanted):
-            tokens = reply.reasoning_tokens + reply.answer_tokens
-            yield Answer(reply.id, reply.text, reply.finish_reason, tokens, reply.seconds)
+        for replies in open_teacher(self._teacher, self._sampling).generate(ListedAsks(wanted)):
+            for reply in replies:
+                if reply.finish_reason == "failed":
+                    raise ConnectionError(f"the teacher gave no answer to {reply.id} ({reply.error}); start again")
+                tokens = reply.reasoning_tokens + reply.answer_tokens
+                yield Answer(reply.id, reply.text, reply.finish_reason, tokens, reply.seconds)
 
 
 class _Samples:

@@ -108,7 +108,11 @@ class Appender:
 
         With `sync` false the rows survive a kill of this process at once, but a power cut only after sync().
         """
-        data = memoryview(b"".join(encode_row(row) for row in rows))
+        self.append_lines((encode_row(row) for row in rows), sync=sync)
+
+    def append_lines(self, lines: Iterable[bytes], *, sync: bool = False) -> None:
+        """As append_many, of lines that are encoded already, each with its newline."""
+        data = memoryview(b"".join(lines))
         position = self._end
         try:
             while position - self._end < len(data):
@@ -119,6 +123,11 @@ class Appender:
             os.ftruncate(self._handle, self._end)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._end = position
+
+    @property
+    def end(self) -> int:
+        """Where the next line will begin, in bytes."""
+        return self._end
 
     def sync(self) -> None:
         """Bring to the disk what was appended without. Raises OSError with the path in `filename`."""

@@ -14,14 +14,19 @@ from typing import Any
 
 from rich.console import Console
 
-from distill.errors import UserError
+from distill.errors import Unfinished, UserError
 from distill.files import sha256_json, sha256_tree
 from distill.progress import clock
 from distill.recipe import ForeignTraces, ProblemSource, Recipe
-from distill.runfolder import RunFolder
+from distill.runfolder import RunFolder, Shard
 from distill.shipped import SHIPPED_MODELS, resolve_model
 
 Inputs = Callable[[Recipe, RunFolder], list[Any]]
+_HOW_IT_IS_ASKED: Any = {
+    "batch_size": True, "endpoints": True, "stream": True, "idle_timeout": True, "timeout": True, "attempts": True,
+    "vllm": {"tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel", "gpu_memory_utilization",
+             "speculate", "python"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,7 @@ def _source_hash(source: ProblemSource | ForeignTraces) -> str | None:
 def _trace_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
     if recipe.traces:
         return [run.manifest.data.get("imported")]
-    # The batch size decides how fast, not what, the teacher writes.
-    teacher = recipe.teacher.model_dump(exclude={"batch_size"})
-    return [
-        recipe.seed,
-        teacher,
-        _model_hash(recipe.teacher.model),
-        recipe.sampling.model_dump(),
-        _hash(run, "problems.jsonl"),
-    ]
+    return [recipe.seed, *_teacher_hash(recipe), recipe.sampling.model_dump(), run.shard, _hash(run, "problems.jsonl")]
 
 
 def _filter_inputs(recipe: Recipe, run: RunFolder) -> list[Any]:
@@ -102,7 +99,8 @@ def _model_hash(name: str) -> str | None:
 
 
 def _teacher_hash(recipe: Recipe) -> list[Any]:
-    return [recipe.teacher.model_dump(exclude={"batch_size"}), _model_hash(recipe.teacher.model)]
+    """What the teacher writes; not where it runs, how many at once, what it costs and how patiently it is asked."""
+    return [recipe.teacher.model_dump(exclude=_HOW_IT_IS_ASKED), _model_hash(recipe.teacher.model)]
 
 
 def _students_hash(run: RunFolder) -> list[list[str | None]]:
@@ -150,11 +148,14 @@ def run_all(recipe: Recipe, folder: Path) -> Path:
     return folder
 
 
-def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: bool = False) -> None:
-    """Run the named stages, which are consecutive; those before them must be complete.
+def run_stages(
+    names: Sequence[str], recipe: Recipe, folder: Path, *, force: bool = False, shard: Shard | None = None
+) -> None:
+    """Run the named stages, which are consecutive; those before them must be complete, or have been stopped.
 
     `force` runs what is done once more, on whatever the earlier stages left (a folder copied from elsewhere, say).
-    Raises UserError if an earlier stage is unfinished or was made from another recipe, or the folder is in use.
+    `shard`: the folder is for this part of the traces. Raises UserError if an earlier stage is unfinished or was made
+    from another recipe, or the folder is in use; Unfinished or KeyboardInterrupt if a stage stopped.
     """
     console = Console(stderr=True, highlight=False)
     if not recipe.students and {"train", "eval"} & set(names):
@@ -167,7 +168,7 @@ def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: boo
     first = order.index(names[0])
     if first and not any((folder / name).is_file() for stage in STAGES[:first] for name in stage.outputs(recipe)):
         raise UserError(f"{folder}: there is nothing to go on from; run `distill run` with the same recipe first")
-    with RunFolder.open(folder, recipe) as run:
+    with RunFolder.open(folder, recipe, shard) as run:
         console.print(f"run {recipe.name} in {folder}", soft_wrap=True)
         for stage in STAGES[:first]:
             _require_complete(stage, recipe, run, needed=stage is STAGES[first - 1] and not force, fresh=not force)
@@ -177,7 +178,12 @@ def run_stages(names: Sequence[str], recipe: Recipe, folder: Path, *, force: boo
                 console.print(f"{stage.name:<8}  already done, skipped")
                 continue
             _run_stage(stage, inputs, recipe, run)
-            console.print(f"{stage.name:<8}  done in {clock(run.manifest.stage(stage.name)['seconds'])}")
+            entry = run.manifest.stage(stage.name)
+            if entry["status"] == "stopped" and not entry.get("interrupted"):
+                raise Unfinished(f"{stage.name}: {entry['stopped']}")
+            console.print(f"{stage.name:<8}  {entry.get('stopped') or 'done in ' + clock(entry['seconds'])}")
+            if entry.get("interrupted"):
+                raise KeyboardInterrupt
 
 
 def _check_bases(recipe: Recipe) -> None:
@@ -223,8 +229,9 @@ def _has_outputs(stage: Stage, recipe: Recipe, run: RunFolder) -> bool:
 def _require_complete(stage: Stage, recipe: Recipe, run: RunFolder, *, needed: bool, fresh: bool) -> None:
     """Raise UserError unless `stage` is done (on the present inputs if `fresh`).
 
-    It may be somebody else's work: files without an entry in the manifest are taken as they are. Only the stage just
-    before (`needed`) must have left something; a dataset from elsewhere trains without traces and verdicts.
+    One that was stopped leaves what it has to those after it. It may be somebody else's work: files without an entry in
+    the manifest are taken as they are. Only the stage just before (`needed`) must have left something; a dataset from
+    elsewhere trains without traces and verdicts.
     """
     entry = run.manifest.data["stages"].get(stage.name)
     cure = f"run `distill {COMMANDS[stage.name]}` or `distill run` with the same recipe first"
@@ -232,7 +239,7 @@ def _require_complete(stage: Stage, recipe: Recipe, run: RunFolder, *, needed: b
         raise UserError(f"{run.folder}: stage '{stage.name}' has not been run; {cure}")
     if entry is None or not fresh:
         return
-    if entry.get("status") != "done":
+    if entry.get("status") not in ("done", "stopped"):
         raise UserError(f"{run.folder}: stage '{stage.name}' is unfinished; {cure}")
     if entry.get("inputs") != stage_inputs(stage, recipe, run):
         raise UserError(f"{run.folder}: stage '{stage.name}' was made from other settings or files; {cure}")

@@ -30,7 +30,7 @@ class Problem(TypedDict):
 class Trace(TypedDict):
     """A line of traces/traces.jsonl: one finished sample, whatever its end was."""
 
-    id: str  # content hash of everything that determines the sample; see distill.traces.trace_id
+    id: str  # content hash of everything that determines the sample; see distill.generation.plan.trace_id
     problem_id: str
     sample: int
     messages: list[Message]  # what was asked; the reply is in `text`
@@ -42,6 +42,8 @@ class Trace(TypedDict):
     answer_tokens: int
     seconds: float
     cost: float
+    attempts: NotRequired[int]  # requests that it took
+    endpoint: NotRequired[str]  # where it came from, if there are several
     teacher: str  # "<name>@<12 hex>", the hash of the weights, configuration and tokenizer
     sampling: dict[str, Any]
     text: str  # the generated text as it came, after the prompt

@@ -19,21 +19,25 @@ from distill.progress import Progress
 from distill.recipe import Recipe
 from distill.recipe_load import dump_recipe, recipe_hash
 
+Shard = tuple[int, int]  # the n-th of so many, from 1
+
 
 class RunFolder:
     """Made by RunFolder.open(); a context manager that gives the lock back on leaving."""
 
-    def __init__(self, folder: Path, recipe: Recipe, lock: int) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, lock: int, shard: Shard | None = None) -> None:
         self.folder, self.recipe, self._lock = folder, recipe, lock
         self.manifest = Manifest(folder / "manifest.json")
+        self.shard = _same_shard(folder, self.manifest, shard)
         self._running: tuple[str, float, float] | None = None  # stage, monotonic start, seconds of earlier attempts
         self._environment: dict[str, Any] | None = None
 
     @classmethod
-    def open(cls, path: Path | str, recipe: Recipe) -> "RunFolder":
+    def open(cls, path: Path | str, recipe: Recipe, shard: Shard | None = None) -> "RunFolder":
         """Create the folder if need be and lock it.
 
-        Raises UserError if another process holds it or `path` is not a folder.
+        `shard`: the folder is for this part of the plan, which it then stays. Raises UserError if another process
+        holds it, `path` is not a folder, or the folder is for another part.
         """
         folder = Path(path)
         try:
@@ -42,7 +46,7 @@ class RunFolder:
             raise UserError(f"{folder}: is a file, expected a run folder") from None
         lock = _lock(folder)
         try:
-            return cls(folder, recipe, lock)
+            return cls(folder, recipe, lock, shard)
         except BaseException:
             os.close(lock)
             raise
@@ -65,11 +69,11 @@ class RunFolder:
 
         Seconds go on from an unfinished attempt on the same inputs, else from zero.
         """
-        write_atomic(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
+        self.write_recipe()
         if self._environment is None:
             self._environment = environment()
         entry = self.manifest.stage(stage)
-        same = entry.get("inputs") == inputs and entry.get("status") == "running"
+        same = entry.get("inputs") == inputs and entry.get("status") in ("running", "stopped")
         earlier = float(entry.get("seconds", 0.0)) if same else 0.0
         attempts = int(entry.get("attempts", 0)) + 1 if same else 1
         self.manifest.data["stages"][stage] = {
@@ -80,6 +84,9 @@ class RunFolder:
         identity = {"name": self.recipe.name, "recipe": recipe_hash(self.recipe), "seed": self.recipe.seed}
         self.manifest.update(**identity, environment=self._environment)
 
+    def write_recipe(self) -> None:
+        write_atomic(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
+
     def beat(self) -> None:
         """Write down the seconds so far."""
         if self._running is not None:
@@ -88,11 +95,15 @@ class RunFolder:
             self.manifest.save()
 
     def finish(self, stage: str, tokens: int = 0, **facts: Any) -> None:
-        """Mark the stage as done, with its tokens and whatever else is worth keeping."""
+        """Mark the stage as done, with its tokens and whatever else is worth keeping.
+
+        With a fact "stopped", a sentence that says why, it is marked as stopped: the next start goes on.
+        """
         assert self._running is not None and self._running[0] == stage, f"finish({stage!r}) without begin"
         _, start, earlier = self._running
         self.manifest.stage(stage).update(
-            facts, status="done", tokens=tokens, seconds=round(earlier + time.monotonic() - start, 3),
+            facts, status="stopped" if "stopped" in facts else "done", tokens=tokens,
+            seconds=round(earlier + time.monotonic() - start, 3),
             peak_rss_bytes=peak_rss_bytes(),
         )  # fmt: skip
         self._running = None
@@ -110,6 +121,17 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _same_shard(folder: Path, manifest: Manifest, shard: Shard | None) -> Shard | None:
+    """The part of the plan that the folder is for: the one it was first opened with."""
+    if not manifest.data["stages"] and shard is not None:
+        manifest.update(shard=list(shard))
+    known = manifest.data.get("shard")
+    if shard is not None and known != list(shard):
+        there = f"for shard {known[0]}/{known[1]}" if known else "for the whole plan"
+        raise UserError(f"{folder}: is {there}, not for shard {shard[0]}/{shard[1]}; each shard has its own folder")
+    return None if known is None else (known[0], known[1])
 
 
 def _lock(folder: Path) -> int:

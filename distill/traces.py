@@ -4,144 +4,213 @@ A trace's id is the hash of everything that determines it (problem, sample index
 teacher), so resuming is a set difference: what the recipe asks for minus what the file holds. An edited
 problem, another temperature or another teacher asks for other ids; the old lines stay in traces.jsonl,
 for they may have cost GPU time and going back to the old settings finds them again. Every reader passes
-them over (`current_traces`), and traces.parquet does not have them.
+them over (`table.current_traces`), and traces.parquet does not have them.
+
+Nothing here grows with the number of samples but some 30 bytes of each: problems are read from their file when they
+are asked, what comes back is written and forgotten.
 """
 
-import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, cast
 
-from distill.errors import UserError
-from distill.files import sha256_json, write_atomic
+from distill.generation.accounts import Accounts
+from distill.generation.asks import Flight, PlannedAsks
+from distill.generation.budget import Spending
+from distill.generation.finished import Finished
+from distill.generation.interrupts import draining
+from distill.generation.logprobs import LogprobsWriter
+from distill.generation.plan import Planner, plan, sampling_record, trace_id
+from distill.generation.recorder import Made, Recorder
+from distill.generation.survey import ProblemFile, survey
+from distill.generation.table import current_traces, write_table
+from distill.generation.totals import Totals
+from distill.generation.verify import Verifier
 from distill.jsonl import Appender, read_jsonl
-from distill.problems import read_problems
+from distill.manifest import utc_now
 from distill.reasoning import split_reasoning
 from distill.recipe import Recipe, Sampling, Teacher
-from distill.records import Ask, Message, Problem, Reply, TeacherBackend, Trace
+from distill.records import Reply, TeacherBackend, Trace
 
 if TYPE_CHECKING:
-    from distill.progress import Progress
     from distill.runfolder import RunFolder
 
-_SYNC_SECONDS = 0.2
+__all__ = ["identify_teacher", "make_trace", "open_teacher", "plan", "run", "sampling_record", "trace_id"]
 
 
 def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
     """Generate the traces that are missing, then write traces.parquet. Returns the stage's facts.
 
-    A trace is counted only when its line is on the disk. Loads the teacher only if something is missing. Traces that
+    If some are missing in the end (a budget, Ctrl-C, samples that failed), the facts say so under "missing" and
+    "stopped", a sentence, and there is no new parquet. Loads the teacher only if something is missing. Traces that
     the recipe imports were written with their problems.
     """
     if recipe.traces:
         sources = run.manifest.data["imported"]
         return {"tokens": 0, "traces": sum(source["traces"] for source in sources), "made": 0}
-    problems = read_problems(run.path("problems.jsonl"))
     facts = identify_teacher(recipe.teacher)
-    teacher_id = facts["id"]
     run.manifest.update(teacher=facts)
-    path = run.path("traces", "traces.jsonl")
-    wanted = {ask.id: (problem, sample, ask) for problem, sample, ask in plan(recipe, problems, teacher_id)}
-    with Appender(path) as file:
-        stale = 0
-        done: set[str] = set()
-        for _, row in read_jsonl(path):
-            stale += row["id"] not in wanted
-            done.add(row["id"])
-        missing = [ask for identity, (_, _, ask) in wanted.items() if identity not in done]
-        with run.progress("traces", len(wanted), "traces", done=len(wanted) - len(missing)) as progress:
-            teacher = open_teacher(recipe.teacher) if missing else None
-            replies = teacher.generate(missing) if teacher else iter(())
-            done |= _record(replies, wanted, recipe.sampling, teacher_id, file, progress)
-        made = len(missing)
-        assert done >= wanted.keys(), f"the teacher left {len(wanted.keys() - done)} of {made} samples unanswered"
-        torn = file.torn
-    counts = _write_parquet(current_traces(path, recipe, problems, teacher_id), run.path("traces", "traces.parquet"))
-    runs_in = getattr(teacher, "runs_in", None)  # of our engine: on some machines it is slower, and should say so
-    return {
-        **counts, "made": made, "resumed": len(wanted) - made, "stale": stale, "torn": torn, "teacher": teacher_id,
-        **({"runs_in": runs_in} if runs_in else {}),
-    }  # fmt: skip
+    with ExitStack() as stack:
+        stage = _Stage(recipe, run, Planner(recipe, facts["id"]), stack)
+        stage.generate()
+        return {**stage.facts(), "teacher": facts["id"]}
 
 
-def _record(
-    replies: Iterator[Reply],
-    wanted: Mapping[str, tuple[Problem, int, Ask]],
-    settings: Sampling,
-    teacher_id: str,
-    file: Appender,
-    progress: "Progress",
-) -> set[str]:
-    """Append a trace a reply; returns their ids.
+class _Stage:
+    """One start of the stage: what it found, what it makes."""
 
-    Lines are written one by one, which a kill cannot undo, but brought to the disk and counted together every
-    _SYNC_SECONDS: an fsync takes milliseconds, in which a teacher in this process does not go on.
-    """
-    made: set[str] = set()
-    start = synced = time.monotonic()
-    waiting = tokens = 0
+    def __init__(self, recipe: Recipe, run: "RunFolder", planner: Planner, stack: ExitStack) -> None:
+        self.recipe, self.run, self.planner = recipe, run, planner
+        self.problems = stack.enter_context(closing(ProblemFile(run.path("problems.jsonl"), run.shard)))
+        self.folder = run.path("traces")
+        self.file = stack.enter_context(Appender(self.folder / "traces.jsonl"))
+        self.finished = stack.enter_context(closing(Finished(self.file.path)))
+        self.verifier: Verifier | None = None
+        if recipe.sampling.adaptive is not None:
+            self.verifier = stack.enter_context(Verifier(recipe, self.folder / "grades.jsonl", run.path("judge")))
+        self.found = survey(self.problems, planner, self.finished, self.verifier)
+        self.accounts = Accounts(run, self.found.wanted, self.found.done)
+        spending = self._spending()
+        self.asks = PlannedAsks(self.problems, planner, self.finished, self.found, spending, self.verifier)
+        self.spending = spending
+        self.made = self.tokens = 0
+        self.runs_in: str | None = None
 
-    def count(now: float) -> None:
-        file.sync()
-        progress.advance(waiting, **{"tokens/s": tokens / max(now - start, 1e-9)})
+    def _spending(self) -> Spending:
+        settings, found, failures = self.recipe.sampling, self.finished, self.folder / "failures.jsonl"
+        failed = 0.0
+        if failures.is_file():
+            failed = sum(row["cost"] for _, row in read_jsonl(failures, torn_ok=True))
+        price = max((endpoint.completion_price for endpoint in self.recipe.teacher.endpoints), default=0.0)
+        return Spending(
+            self.recipe.budget, found.lines, found.cost + failed, found.tokens, lambda: self.accounts.spent.hours,
+            worst_cost=price * settings.max_tokens / 1e6, worst_tokens=settings.max_tokens,
+        )  # fmt: skip
 
-    for reply in replies:
-        problem, sample, ask = wanted[reply.id]
-        assert reply.id not in made, f"the teacher answered {reply.id} twice"
-        trace = make_trace(problem, sample, ask, reply, settings, teacher_id)
-        file.append(cast(dict[str, Any], trace), sync=False)
-        made.add(reply.id)
-        waiting += 1
-        tokens += reply.reasoning_tokens + reply.answer_tokens
-        if (now := time.monotonic()) - synced >= _SYNC_SECONDS:
-            count(now)
-            synced, waiting = now, 0
-    if waiting:
-        count(time.monotonic())
-    return made
+    def generate(self) -> None:
+        """Ask the teacher until nothing is missing, or it is to stop."""
+        with ExitStack() as stack:
+            accounts = stack.enter_context(self.accounts)
+            if self.asks.closed:
+                return
+            teacher = open_teacher(self.recipe.teacher, self.recipe.sampling)
+            recorder = stack.enter_context(Recorder(self.file, self.folder / "failures.jsonl", self.finished))
+            keep_logprobs: Callable[[Sequence[Reply]], None] = lambda replies: None  # noqa: E731
+            if self.recipe.sampling.logprobs:
+                keep_logprobs = stack.enter_context(LogprobsWriter(self.folder, self.finished)).write
+            stack.enter_context(draining(self._drain))
+            batches = cast(Generator[list[Reply]], teacher.generate(self.asks))
+            for replies in stack.enter_context(closing(batches)):
+                if replies:
+                    keep_logprobs(replies)
+                    self._write(replies, recorder)
+                self._count(recorder.durable())
+                accounts.tick(teacher.states())
+            recorder.flush()
+            self._count(recorder.durable())
+            while self.asks.grading:
+                time.sleep(0.02)
+                self._count([])
+            # Of our engine: on some machines it is slower, and should say so.
+            self.runs_in = getattr(teacher, "runs_in", None)
+
+    def _write(self, replies: Sequence[Reply], recorder: Recorder) -> None:
+        made, failures = [], []
+        for flight, reply in zip(self.asks.received(replies), replies, strict=True):
+            if reply.finish_reason == "failed":
+                self.asks.gave_up(flight, reply.error)
+                failures.append({
+                    "id": reply.id, "problem_id": flight.problem["id"], "sample": flight.sample,
+                    "attempts": reply.attempts, "error": reply.error, "cost": reply.cost, "time": utc_now(),
+                })  # fmt: skip
+            else:
+                made.append(Made(flight, make_trace(flight, reply, self.planner), reply))
+        if made:
+            recorder.write(made)
+        if failures:
+            recorder.fail(failures)
+            self.accounts.add(reply for reply in replies if reply.finish_reason == "failed")
+
+    def _count(self, durable: list[Made]) -> None:
+        """Go on from what has reached the disk, and from what has been graded."""
+        if durable:
+            self.made += len(durable)
+            self.tokens += sum(made.reply.reasoning_tokens + made.reply.answer_tokens for made in durable)
+            self.accounts.add(made.reply for made in durable)
+            self.asks.finished([(made.flight, made.trace) for made in durable])
+        right, wrong = self.asks.poll()
+        if right or wrong:
+            self.accounts.graded(right, wrong)
+            self.accounts.expect(self.asks.wanted)
+
+    def _drain(self) -> str:
+        self.asks.drain()
+        return (
+            f"stopping: the {self.asks.in_flight} samples in flight are finished and kept; Ctrl-C again stops at once"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest. Where nothing is missing, the table is written first."""
+        found, asks = self.found, self.asks
+        facts: dict[str, Any] = {"made": self.made, "resumed": found.done, "torn": self.file.torn}
+        if self.runs_in:
+            facts["runs_in"] = self.runs_in
+        if asks.drained:
+            facts["interrupted"] = True
+        missing = asks.wanted - asks.done
+        if missing:
+            facts |= {"tokens": found.generated + self.tokens, "traces": asks.done, "generation": self.accounts.facts()}
+            return facts | {"missing": missing, "stopped": self._why(missing)}
+        totals = Totals()
+
+        def counted(traces: Iterable[Trace]) -> Iterator[Trace]:
+            for trace in traces:
+                totals.trace(trace)
+                yield trace
+
+        with closing(Finished(self.file.path)) as finished:
+            traces = counted(current_traces(self.problems, self.planner, finished))
+            with_endpoint = len(self.recipe.teacher.endpoints) > 1
+            write_table(traces, self.folder / "traces.parquet", self.planner.record(0), with_endpoint)
+            sums = totals.all()
+            stale = finished.lines - sums.finished
+        return facts | {
+            "tokens": sums.completion_tokens,
+            "traces": sums.finished,
+            "truncated": sums.outcomes["length"],
+            "prompt_too_long": sums.outcomes["prompt_too_long"],
+            "stale": stale,
+            "generation": self.accounts.facts(totals),
+        }
+
+    def _why(self, missing: int) -> str:
+        """One sentence: what there is, what is missing, and what helps."""
+        asks, attempts = self.asks, self.recipe.teacher.attempts
+        count = f"{asks.done} of {asks.wanted} samples are there, {self.made} of them new, and {missing} are missing"
+        if asks.drained:
+            return f"stopped as asked: {count}; the same command goes on from here"
+        if asks.out_of_budget:
+            return (
+                f"stopped by the budget, for {self.spending.said()}: {count}; raise it and start again, or go on with "
+                "`distill filter` and what is there"
+            )
+        assert asks.failed, f"the teacher left {missing} of {asks.wanted} samples unanswered"
+        worst, _ = asks.errors.most_common(1)[0]
+        return (
+            f"{asks.failed} of {asks.wanted} samples failed after {attempts} attempts: most often {worst!r}; {count}; "
+            "run again to go on"
+        )
 
 
-def plan(recipe: Recipe, problems: Iterable[Problem], teacher_id: str) -> Iterator[tuple[Problem, int, Ask]]:
-    """Every (problem, sample index, ask) that the recipe wants, in order."""
-    settings = recipe.sampling
-    for problem in problems:
-        for sample in range(settings.samples):
-            seed = sample_seed(recipe.seed, problem["id"], sample)
-            identity = trace_id(problem, sample, sampling_record(settings, seed), teacher_id)
-            yield problem, sample, Ask(
-                identity, prompt(problem, settings), settings.temperature, settings.top_p, settings.max_tokens, seed
-            )  # fmt: skip
-
-
-def prompt(problem: Problem, settings: Sampling) -> list[Message]:
-    """What the teacher is asked: no system prompt, the instruction on a line of its own (R1's usage notes)."""
-    content = f"{problem['problem']}\n{settings.instruction}" if settings.instruction else problem["problem"]
-    return [{"role": "user", "content": content}]
-
-
-def sample_seed(seed: int, problem_id: str, sample: int) -> int:
-    """A seed of 63 bits for one sample, independent of which other samples are asked for."""
-    return int(hashlib.sha256(f"{seed}/{problem_id}/{sample}".encode()).hexdigest()[:16], 16) >> 1
-
-
-def sampling_record(settings: Sampling, seed: int) -> dict[str, Any]:
-    """The settings that a sample depends on. The number of samples is not one: raising it only adds traces."""
-    return {**settings.model_dump(mode="json", exclude={"samples"}), "seed": seed}
-
-
-def trace_id(problem: Problem, sample: int, sampling: dict[str, Any], teacher_id: str) -> str:
-    """First 16 hex of the sha256 of the canonical JSON of all that determines the sample."""
-    return sha256_json([problem["id"], problem["problem"], sample, sampling, teacher_id])[:16]
-
-
-def make_trace(problem: Problem, sample: int, ask: Ask, reply: Reply, settings: Sampling, teacher_id: str) -> Trace:
+def make_trace(flight: Flight, reply: Reply, planner: Planner) -> Trace:
+    """The line of a finished sample."""
     reasoning, response = split_reasoning(reply.text)
-    return {
-        "id": ask.id,
-        "problem_id": problem["id"],
-        "sample": sample,
-        "messages": ask.messages,
+    trace: Trace = {
+        "id": reply.id,
+        "problem_id": flight.problem["id"],
+        "sample": flight.sample,
+        "messages": flight.ask.messages,
         "reasoning": reasoning,
         "response": response,
         "finish_reason": reply.finish_reason,
@@ -150,52 +219,37 @@ def make_trace(problem: Problem, sample: int, ask: Ask, reply: Reply, settings: 
         "answer_tokens": reply.answer_tokens,
         "seconds": round(reply.seconds, 4),
         "cost": reply.cost,
-        "teacher": teacher_id,
-        "sampling": sampling_record(settings, ask.seed),
+        "attempts": reply.attempts,
+        "teacher": planner.teacher_id,
+        "sampling": planner.record(flight.ask.seed),
         "text": reply.text,
     }
-
-
-def current_traces(path: Path, recipe: Recipe, problems: Iterable[Problem], teacher_id: str) -> list[Trace]:
-    """The traces of `path` that this recipe asks for, in the plan's order; stale ones and a torn tail are left out."""
-    order = {ask.id: index for index, (_, _, ask) in enumerate(plan(recipe, problems, teacher_id))}
-    found: dict[str, Trace] = {}
-    for _, row in read_jsonl(path, torn_ok=True):
-        if row["id"] in order:
-            found.setdefault(row["id"], cast(Trace, row))
-    return sorted(found.values(), key=lambda trace: order[trace["id"]])
+    if reply.endpoint is not None:
+        trace["endpoint"] = reply.endpoint
+    return trace
 
 
 def identify_teacher(teacher: Teacher) -> dict[str, Any]:
     """What the manifest says of the teacher, found without loading it: "id", "model", "kind" and "licence"."""
-    from distill.embedded import teacher_id, teacher_licence
-
-    return {**teacher.model_dump(include={"model", "kind"}), "id": teacher_id(teacher.model),
-            "licence": teacher_licence(teacher.model)}  # fmt: skip
-
-
-def open_teacher(teacher: Teacher) -> TeacherBackend:
-    """The teacher, loaded and ready. Later kinds (endpoint, vllm) are further branches here."""
-    if teacher.kind == "embedded":
-        from distill.embedded import EmbeddedTeacher
-
-        return EmbeddedTeacher(teacher)
-    raise UserError(f"teacher.kind: '{teacher.kind}' is not known")
+    if teacher.kind == "endpoint":
+        from distill.endpoints import identity
+    elif teacher.kind == "vllm":
+        from distill.vllm_identity import identity
+    else:
+        from distill.embedded import identity
+    return identity(teacher)
 
 
-def _write_parquet(traces: list[Trace], path: Path) -> dict[str, Any]:
-    """The finished stage's table, for other tools; returns counts."""
-    import io
+def open_teacher(teacher: Teacher, sampling: Sampling) -> TeacherBackend:
+    """The teacher, loaded and ready."""
+    if teacher.kind == "endpoint":
+        from distill.endpoints import open_endpoints
 
-    import pyarrow
-    from pyarrow import parquet
+        return open_endpoints(teacher)
+    if teacher.kind == "vllm":
+        from distill.vllm_teacher import open_vllm
 
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(cast(list[dict[str, Any]], traces)), buffer, compression="zstd")
-    write_atomic(path, buffer.getvalue())
-    return {
-        "tokens": sum(t["reasoning_tokens"] + t["answer_tokens"] for t in traces),
-        "traces": len(traces),
-        "truncated": sum(t["finish_reason"] == "length" for t in traces),
-        "prompt_too_long": sum(t["finish_reason"] == "prompt_too_long" for t in traces),
-    }
+        return open_vllm(teacher, sampling)
+    from distill.embedded import EmbeddedTeacher
+
+    return EmbeddedTeacher(teacher)

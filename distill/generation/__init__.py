@@ -1,1 +1,1 @@
-"""Making traces: what to ask, what came of it, what it cost."""
+"""The trace stage's parts: what is wanted (plan, asks), what is there (finished), what comes in (recorder, verify)."""

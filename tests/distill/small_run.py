@@ -9,7 +9,7 @@ import pytest
 
 from distill import traces
 from distill.recipe import Recipe
-from distill.records import Ask, Problem, Reply, Trace
+from distill.records import Ask, Asks, EndpointState, Problem, Reply, Trace
 from distill.runfolder import RunFolder
 
 FAMILIES: dict[str, dict[str, Any]] = {"gcd": {"max_value": 60}, "spell_backward": {"max_word_len": 7}}
@@ -39,24 +39,32 @@ def open_run(folder: Path, recipe: Recipe) -> RunFolder:
 class FakeTeacher:
     """Answers each ask with `reply(ask)`, the raw text and the reason for ending, in an order of its own."""
 
-    def __init__(self, reply: Callable[[Ask], tuple[str, str]], identity: str = "fake@000000000000") -> None:
-        self.reply, self.id = reply, identity
+    def __init__(
+        self, reply: Callable[[Ask], tuple[str, str]], identity: str = "fake@000000000000", at_once: int = 1000
+    ) -> None:
+        self.reply, self.id, self.at_once = reply, identity, at_once
         self.asked: list[Ask] = []
 
-    def generate(self, asks: Iterable[Ask]) -> Iterator[Reply]:
-        # Not in the order asked: an engine yields what finishes first.
-        for ask in sorted(asks, key=lambda a: hashlib.sha256(a.id.encode()).hexdigest()):
-            self.asked.append(ask)
-            text, end = self.reply(ask)
-            words = text.split()
-            inside = text.split("</think>")[0].split()
-            yield Reply(ask.id, text, end, 7, len(inside), len(words) - len(inside), 0.01)
+    def generate(self, asks: Asks) -> Iterator[list[Reply]]:
+        while not asks.closed:
+            # Not in the order asked: an engine yields what finishes first.
+            for ask in sorted(asks.take(self.at_once), key=lambda a: hashlib.sha256(a.id.encode()).hexdigest()):
+                self.asked.append(ask)
+                text, end = self.reply(ask)
+                words = text.split()
+                inside = text.split("</think>")[0].split()
+                error = text if end == "failed" else None
+                yield [Reply(ask.id, text, end, 7, len(inside), len(words) - len(inside), 0.01, error=error)]
+            yield []
+
+    def states(self) -> dict[str, EndpointState]:
+        return {self.id: EndpointState(0, self.at_once, True, {})}
 
 
 def install(monkeypatch: pytest.MonkeyPatch, teacher: FakeTeacher) -> FakeTeacher:
     """Make the trace stage ask `teacher`."""
     monkeypatch.setattr(traces, "identify_teacher", lambda settings: {"id": teacher.id, "licence": "apache-2.0"})
-    monkeypatch.setattr(traces, "open_teacher", lambda settings: teacher)
+    monkeypatch.setattr(traces, "open_teacher", lambda *_: teacher)
     return teacher
 
 

@@ -248,7 +248,7 @@ from tests.distill.test_evaluate_stage import answers, ready
 from evals.decode import _Batch
 folder, models = Path(sys.argv[1]), Path(sys.argv[2])
 traces.identify_teacher = lambda settings: {"id": "fake@0"}
-traces.open_teacher = lambda settings: FakeTeacher(answers)
+traces.open_teacher = lambda *_: FakeTeacher(answers)
 step = _Batch.step
 def slow(self):
     time.sleep(float(sys.argv[3]))

@@ -49,7 +49,7 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setattr(
         traces, "identify_teacher", lambda settings: pytest.fail("the filter stage asked for the teacher")
     )
-    monkeypatch.setattr(traces, "open_teacher", lambda settings: pytest.fail("the filter stage loaded the teacher"))
+    monkeypatch.setattr(traces, "open_teacher", lambda *_: pytest.fail("the filter stage loaded the teacher"))
     return tmp_path / "run", recipe
 
 

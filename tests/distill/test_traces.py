@@ -75,7 +75,7 @@ def test_a_second_run_asks_nothing_and_does_not_even_load_the_teacher(tmp_path, 
     facts, teacher = run_stages(tmp_path, monkeypatch, make_recipe())
     assert (facts["made"], facts["resumed"], teacher.asked, ids(tmp_path)) == (0, 24, [], before)
     with open_run(tmp_path, make_recipe()) as run:
-        monkeypatch.setattr(traces, "open_teacher", lambda settings: pytest.fail("loaded"))
+        monkeypatch.setattr(traces, "open_teacher", lambda *_: pytest.fail("loaded"))
         traces.run(make_recipe(), run)
 
 

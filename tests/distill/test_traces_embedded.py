@@ -9,6 +9,7 @@ import pytest
 from distill import problems, traces
 from distill.embedded import EmbeddedTeacher, teacher_id, teacher_licence
 from distill.errors import UserError
+from distill.generation.asks import ListedAsks
 from distill.recipe import Teacher
 from distill.records import Ask
 from tests.distill.small_run import make_recipe, open_run
@@ -29,6 +30,10 @@ def load(folder, **changes):
     return EmbeddedTeacher(Teacher(model=str(folder), **changes))
 
 
+def replies(teacher, asks):
+    return [reply for batch in teacher.generate(ListedAsks(asks)) for reply in batch]
+
+
 class EngineSaying:
     """An engine whose model says `text`; keeps the requests and settings it got."""
 
@@ -39,19 +44,20 @@ class EngineSaying:
 
         def make(model, stop_ids, batch_size, max_len, **drafting):
             self.stop_ids, self.batch_size, self.max_len = stop_ids, batch_size, max_len
-            return SimpleNamespace(generate=self.generate, runs_in="torch")
+            return SimpleNamespace(add=self.requests.append, step=self.step, runs_in="torch")
 
-        self.text, self.end = text, end
+        self.text, self.end, self.ended = text, end, 0
         monkeypatch.setattr(teacher.engine, "Engine", make)
 
-    def generate(self, requests):
+    def step(self):
         from teacher.engine import Completion
+        from teacher.requests import Update
         from tests.tiny import tokenizer
 
         ids = tokenizer()(self.text, add_special_tokens=False)["input_ids"]
-        for request in reversed(list(requests)):
-            self.requests.append(request)
-            yield Completion(request.id, ids, self.end, 257, len(request.prompt_ids), 0.5)
+        new, self.ended = self.requests[self.ended :], len(self.requests)
+        done = [Completion(r.id, ids, self.end, 257, len(r.prompt_ids), 0.5) for r in reversed(new)]
+        return [Update(completion.id, ids, completion=completion) for completion in done]
 
 
 def test_the_id_is_the_content_of_weights_configuration_and_tokenizer(folder, tmp_path):
@@ -97,7 +103,7 @@ def test_a_model_card_with_a_broken_header_is_named(folder, tmp_path):
 def test_the_prompt_is_rendered_once_with_the_chat_template(folder, monkeypatch):
     engine = EngineSaying(monkeypatch, "x")
     teacher = load(folder)
-    [reply] = teacher.generate([ask("What is 2 + 2?")])
+    [reply] = replies(teacher, [ask("What is 2 + 2?")])
     [request] = engine.requests
     assert teacher.tokenizer.decode(request.prompt_ids) == f"{BOS}{USER}What is 2 + 2?{ASSISTANT}<think>\n"
     assert list(request.prompt_ids).count(teacher.tokenizer.bos_token_id) == 1
@@ -120,7 +126,7 @@ def test_the_prompt_is_rendered_once_with_the_chat_template(folder, monkeypatch)
 )
 def test_tokens_are_counted_on_both_sides_of_the_closing_tag(folder, monkeypatch, text, reasoning, answer):
     EngineSaying(monkeypatch, text)
-    [reply] = load(folder).generate([ask()])
+    [reply] = replies(load(folder), [ask()])
     assert (reply.text, reply.reasoning_tokens, reply.answer_tokens) == (text, reasoning, answer)
 
 
@@ -136,16 +142,16 @@ def test_a_prompt_that_fills_the_context_is_an_outcome_and_the_rest_goes_on(fold
     context = 512
     empty = len(load(folder)._prompt_ids(ask("")))
     asks = [ask("y" * (context - empty + n), f"{n}", max_tokens=50) for n in (-100, -10, -1, 0, 5)]
-    replies = {reply.id: reply for reply in load(folder).generate(asks)}
-    assert {n: reply.finish_reason for n, reply in replies.items()} == {
+    found = {reply.id: reply for reply in replies(load(folder), asks)}
+    assert {n: reply.finish_reason for n, reply in found.items()} == {
         "-100": "stop", "-10": "stop", "-1": "stop", "0": "prompt_too_long", "5": "prompt_too_long",
     }  # fmt: skip
-    assert replies["5"].prompt_tokens == context + 5 and replies["5"].text == ""
+    assert found["5"].prompt_tokens == context + 5 and found["5"].text == ""
     assert {request.id: request.max_tokens for request in engine.requests} == {"-100": 50, "-10": 10, "-1": 1}
     assert (engine.max_len, engine.batch_size) == (context, 3)
-    engine.requests.clear()
-    assert [reply.finish_reason for reply in load(folder).generate(asks[3:])] == ["prompt_too_long"] * 2
-    assert not engine.requests
+    asked = len(engine.requests)
+    assert [reply.finish_reason for reply in replies(load(folder), asks[3:])] == ["prompt_too_long"] * 2
+    assert len(engine.requests) == asked
 
 
 @pytest.mark.parametrize(

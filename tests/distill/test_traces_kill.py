@@ -26,7 +26,7 @@ def reply(ask):
 
 teacher = FakeTeacher(reply)
 traces.identify_teacher = lambda settings: {"id": teacher.id}
-traces.open_teacher = lambda settings: teacher
+traces.open_teacher = lambda *_: teacher
 recipe = make_recipe(problems={"count": 40}, sampling={"samples": 3})
 with open_run(Path(sys.argv[1]), recipe) as run:
     traces.run(recipe, run)
