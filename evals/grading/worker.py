@@ -57,6 +57,9 @@ def matches(answer: str, pattern: str) -> tuple[str, str]:
     return ("correct", "matches") if found else ("wrong", "does not match")
 
 
+_TUPLE_BOARDS = ("arc_agi", "rearc")
+
+
 def score(answer: str, reference: str) -> tuple[str, str]:
     """reasoning-gym's own scorer: correct at a score of 1. `reference`: JSON of the entry, with its source_dataset."""
     import reasoning_gym
@@ -68,6 +71,8 @@ def score(answer: str, reference: str) -> tuple[str, str]:
     except ValueError:
         return "unverifiable", f"reasoning-gym has no family {family[:40]}"
     try:
+        if family in _TUPLE_BOARDS:  # JSON has made lists of them, which equal no tuple
+            entry["metadata"]["output"] = tuple(map(tuple, entry["metadata"]["output"]))
         value = float(scorer(answer, entry))
     except Exception as error:  # a scorer that cannot read the answer
         return "wrong", f"reasoning-gym's scorer fails on it: {type(error).__name__}"

@@ -92,7 +92,7 @@ def test_regular_expressions_match_the_whole_answer_and_cannot_hang():
 def test_reasoning_gym_scores_its_own_families(tmp_path):
     import reasoning_gym
 
-    for family in ("countdown", "spiral_matrix", "word_ladder", "zebra_puzzles", "knights_knaves"):
+    for family in ("countdown", "spiral_matrix", "word_ladder", "zebra_puzzles", "knights_knaves", "arc_agi"):
         entry = reasoning_gym.create_dataset(family, size=1, seed=3)[0]
         reference = json.dumps(entry)
         right = grade(f"<answer>{entry['answer']}</answer>", reference, "reasoning-gym")
@@ -102,6 +102,26 @@ def test_reasoning_gym_scores_its_own_families(tmp_path):
     assert grade("<answer>1</answer>", "5", "reasoning-gym").verdict == "unverifiable"
     unknown = grade("<answer>1</answer>", '{"metadata": {"source_dataset": "no such"}}', "reasoning-gym")
     assert unknown.verdict == "unverifiable" and "no family no such" in unknown.reason
+
+
+# Of these an entry has no answer to compare with: any that solves it is right. 'composite' is made of others.
+WITHOUT_ANSWER = {"boxnet", "composite", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+
+
+def test_every_family_of_reasoning_gym_scores_its_own_answer():
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    from evals.grading.worker import score
+
+    assert DATASETS.keys() > WITHOUT_ANSWER and len(DATASETS) > 100
+    wrong = {}
+    for family in sorted(DATASETS.keys() - WITHOUT_ANSWER):
+        entry = reasoning_gym.create_dataset(family, size=1, seed=3)[0]
+        verdict, reason = score(str(entry["answer"]), json.dumps(entry, default=str))
+        if verdict != "correct":
+            wrong[family] = reason
+    assert not wrong
 
 
 def test_a_scorer_that_evaluates_the_answer_can_do_nothing_with_it(tmp_path):
