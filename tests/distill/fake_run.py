@@ -8,10 +8,13 @@ beats its baselines and one that does not.
 import hashlib
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from distill.filter_examples import EACH, make_example
+from distill.generation.record import Record
+from distill.generation.throughput import Amount
 
 FAMILIES = ("chain_sum", "products", "gcd", "leg_counting", "letter_counting", "spell_backward")
 FILTERS = ("truncation", "format", "length", "repetition", "correctness", "duplicates")
@@ -215,6 +218,19 @@ def _samples(model: str, problems: list[dict[str, Any]], rng: random.Random, sam
     return rows
 
 
+def _accounts(rng: random.Random) -> Record:
+    """Two endpoints over 300 seconds, one of them in trouble."""
+    record = Record(starts=2, wall_seconds=300.0, gpu_seconds=4800.0, failed=Counter(timeout=2))
+    record.errors = {
+        "http://gpu-17.cluster.example.org:8000/v1": Counter(timeout=31, http_500=12),
+        "http://b:8000/v1": Counter(),
+    }
+    for second in range(0, 300, 2):
+        finished = rng.randint(0, 4)
+        record.throughput.count(second, Amount(finished, 20 * finished, 300 * finished))
+    return record
+
+
 def make_run(
     folder: Path,
     *,
@@ -266,6 +282,7 @@ def make_run(
         manifest["teacher"] = {"id": TEACHER, "model": "tiny-r1", "kind": "embedded"}
         traces, ledger = _traces(problems, rng, samples, hostile)
         _write(folder / "traces" / "traces.jsonl", traces)
+        _accounts(rng).save(folder / "traces" / "accounts.json")
     if "filter" in stages:
         _write(folder / "verdicts.jsonl", ledger)
         kept = [line for line in ledger if line["accepted"] and line["sample"] == 0]

@@ -226,7 +226,7 @@ def test_theme_button_and_chart_cursor(browser: Browser, pages: dict[str, Path])
     assert browser.evaluate("document.getElementById('theme').textContent") == "Theme: dark"
     assert browser.evaluate(paper) != light
     browser.evaluate(
-        "(() => { const box = document.querySelector('.linechart .box'), at = box.getBoundingClientRect();"
+        "(() => { const box = document.querySelector('.linechart[data-chart] .box'), at = box.getBoundingClientRect();"
         " box.dispatchEvent(new PointerEvent('pointermove', { clientX: at.left + at.width / 2, bubbles: true })); })()"
     )
     said = browser.evaluate("document.querySelector('figure output').textContent")

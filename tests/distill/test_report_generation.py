@@ -44,6 +44,10 @@ def set_stage(folder: Path, **entries) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def without_accounts(folder: Path) -> None:
+    (folder / "traces" / "accounts.json").unlink()
+
+
 def results(folder: Path) -> dict:
     recipe = load_recipe(str(folder / "recipe.yaml"), [])
     return build(recipe, folder, json.loads((folder / "manifest.json").read_text()))
@@ -85,7 +89,7 @@ def test_a_finished_stage_is_told_by_its_manifest_alone(tmp_path):
 
 
 def test_runs_from_before_there_were_accounts_still_report(tmp_path):
-    make_run(tmp_path / "run")
+    without_accounts(make_run(tmp_path / "run"))
     found = results(tmp_path / "run")
     section = generation(found)
     assert section["sentence"].startswith("120 samples finished in 1 min 2 s. Half of them took at most")
@@ -95,7 +99,7 @@ def test_runs_from_before_there_were_accounts_still_report(tmp_path):
 
 
 def test_foreign_traces_have_no_times(tmp_path):
-    make_run(tmp_path / "run", stages=("problems", "traces"))
+    without_accounts(make_run(tmp_path / "run", stages=("problems", "traces")))
     path = tmp_path / "run" / "traces" / "traces.jsonl"
     rows = [json.loads(line) | {"seconds": 0.0, "prompt_tokens": 0} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
