@@ -15,7 +15,7 @@ from distill.errors import UserError
 from distill.recipe import Vllm
 from distill.serving.model import Facts
 
-# Sequences of full length that the cache of each copy must hold before we call it fitting.
+# Sequences of full length that the cache of each copy should hold; a layout with fewer is taken only if none has them.
 _SEQUENCES = 8
 _GIB = 2**30
 
@@ -57,13 +57,14 @@ def place(facts: Facts, vllm: Vllm, node: Sequence[int], length: int, nodes: int
     else:
         candidates = _of_one_node(facts, len(node), expert)
     usable = min(node) * vllm.gpu_memory_utilization
-    for candidate in candidates:
-        if facts.weights is None or _bytes_each(facts, candidate, length) <= usable:
-            return candidate
+    for sequences in (_SEQUENCES, 1):
+        for candidate in candidates:
+            if facts.weights is None or _bytes_each(facts, candidate, sequences * length) <= usable:
+                return candidate
     needed = _bytes_each(facts, candidates[-1], length)
     raise UserError(
         f"{facts.model}: {candidates[-1].gpus} GPUs would need {needed / _GIB:.0f} GiB each for the weights and"
-        f" {_SEQUENCES} sequences of {length} tokens, and have {usable / _GIB:.0f} GiB"
+        f" a sequence of {length} tokens, and have {usable / _GIB:.0f} GiB"
         f" (gpu_memory_utilization {vllm.gpu_memory_utilization:g}); use more nodes, a smaller max_model_len, or"
         " quantization"
     )
@@ -86,14 +87,14 @@ def _largest(gpus: int, heads: int) -> int:
     return max(size for size in (1 << n for n in range(gpus.bit_length())) if size <= gpus and heads % size == 0)
 
 
-def _bytes_each(facts: Facts, at: Placement, length: int) -> float:
-    """Weights and the cache of _SEQUENCES sequences, on the fullest GPU."""
+def _bytes_each(facts: Facts, at: Placement, tokens: int) -> float:
+    """Weights and a cache of so many tokens a copy, on each GPU."""
     assert facts.weights is not None
     group = at.tensor * at.pipeline
     spread = group * (at.data if at.expert else 1)
     weights = (facts.weights - facts.expert_weights) / group + facts.expert_weights / spread
     divided = at.pipeline if facts.latent else group
-    return weights + _SEQUENCES * length * facts.cache_per_token / divided
+    return weights + tokens * facts.cache_per_token / divided
 
 
 def _counted(chosen: Placement, gpus: int) -> Placement:
