@@ -137,10 +137,9 @@ class Accounts:
     def facts(self, totals: Totals | None = None) -> dict[str, Any]:
         """For the manifest, under the stage's "generation". `totals`: sums over the lines of all current traces,
         which the caller makes while it writes the table: `totals.trace(row)` for each."""
-        if totals is not None:
-            self._record.totals = totals
-            self._save()
-        return self._record.facts()
+        record = self._record.with_shards(self._path.parent)
+        record.totals = totals or record.totals
+        return record.facts()
 
     def _pass_time(self) -> None:
         """Book what happened since the last time, at the end of that time."""

@@ -74,10 +74,16 @@ class LogprobsWriter:
 
         Raises OSError (path in `filename`), leaving no half frame; ValueError for what is no table of tokens.
         """
-        kept = [(reply.id, reply.logprobs) for reply in replies if reply.logprobs is not None]
-        if not kept:
+        self._append([(reply.id, reply.logprobs) for reply in replies if reply.logprobs is not None])
+
+    def copy(self, reader: "LogprobsReader", trace_ids: Iterable[str]) -> None:
+        """Frames of those traces that `reader` (opened without `token_id`) has; as write()."""
+        self._append([(name, reader.top(name)) for name in trace_ids if name in reader])
+
+    def _append(self, tables: list[tuple[str, TopLogprobs]]) -> None:
+        if not tables:
             return
-        frames = [encode(name, top, self._texts.ids) for name, top in kept]
+        frames = [encode(name, top, self._texts.ids) for name, top in tables]
         self._texts.sync()
         position = self._end
         try:
@@ -148,6 +154,18 @@ class LogprobsReader:
         for ids in (found.tokens_TK, found.chosen_T):
             self._translate(ids)
         return found
+
+    def top(self, trace_id: str) -> TopLogprobs:
+        """As the teacher gave it, to 16 bits."""
+        found = self.read(trace_id)
+
+        def named(ids: list[int]) -> list[int | str]:
+            return [self._texts[i - FIRST_ID] if i >= FIRST_ID else i for i in ids if i != MISSING]
+
+        tokens = [named(row) for row in found.tokens_TK.tolist()]
+        rows = zip(found.logprobs_TK.tolist(), tokens, strict=True)
+        chosen = [] if found.chosen_T is None else named(found.chosen_T.tolist())
+        return TopLogprobs(tokens, [row[: len(kept)] for row, kept in rows], chosen)
 
     def _translate(self, ids: "np.ndarray | None") -> None:
         import numpy as np

@@ -23,7 +23,7 @@ def generation(folder: Path, manifest: Row, accepted: int | None) -> Row | None:
     entry = manifest.get("stages", {}).get("traces", {})
     facts = entry.get("generation") if entry.get("status") == "done" else None
     if facts is None:
-        record = Record.load(folder / "traces" / NAME)
+        record = Record.load(folder / "traces" / NAME).with_shards(folder / "traces")
         record.totals = _read(path, folder / "verdicts.jsonl")
         facts = record.facts()
         if not record.starts and any(part.seconds for part in record.totals.parts.values()):

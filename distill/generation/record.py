@@ -18,6 +18,11 @@ NAME = "accounts.json"
 _VERSION = 1
 
 
+def shard_name(shard: str) -> str:
+    """File of the accounts of a merged shard, beside the folder's own: merging again then replaces them."""
+    return f"accounts.{shard}.json"
+
+
 @dataclass
 class Record:
     totals: Totals = field(default_factory=Totals)
@@ -70,6 +75,13 @@ class Record:
         self.failed_cost += other.failed_cost
         self.right += other.right
         self.wrong += other.wrong
+
+    def with_shards(self, folder: Path) -> "Record":
+        """Together with the accounts of shards that were merged into `folder`: accounts.*.json, see shard_name."""
+        whole = Record()
+        for record in [self, *(Record.load(path) for path in sorted(folder.glob(shard_name("*"))))]:
+            whole.add(record)
+        return whole
 
     def facts(self) -> dict[str, Any]:
         """For the manifest and the report. Costs include failed attempts; times are None where nothing timed it."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distill.errors import UserError
 from distill.generation.accounts import Accounts, error_kind, gpus
 from distill.generation.live import Standing, host, lines, short
-from distill.generation.record import NAME, Record
+from distill.generation.record import NAME, Record, shard_name
 from distill.generation.throughput import Amount, Recent, Throughput
 from distill.generation.totals import Totals
 from distill.progress import Progress
@@ -160,8 +160,8 @@ def test_exact_sums_replace_what_a_kill_left_behind(tmp_path, clock):
     totals = Totals()
     for name in "abc":
         totals.trace(line(reply(name, cost=1.0)))
-    assert Accounts(run, 3, 3).facts(totals)["finished"] == 3
-    assert Record.load(tmp_path / "traces" / "accounts.json").totals.all().cost == 3.0
+    facts = Accounts(run, 3, 3).facts(totals)
+    assert (facts["finished"], facts["cost"], facts["wall_seconds"]) == (3, 3.0, 1.0)
 
 
 def test_a_kill_loses_the_last_seconds_only(tmp_path, clock):
@@ -192,18 +192,21 @@ def test_accounts_of_another_kind_are_refused_by_name(tmp_path):
             Accounts(Run(tmp_path), 5, 0)
 
 
-def test_shards_add_up(tmp_path):
-    records = []
-    for shard in range(2):
-        folder = tmp_path / str(shard)
+def test_accounts_of_merged_shards_add_up_however_often_they_are_merged(tmp_path, clock):
+    out = Run(tmp_path / "out")
+    for shard in ("a", "b", "out"):
+        folder = tmp_path / shard
         with Accounts(Run(folder), 5, 0) as accounts:
-            accounts.add([reply("a", endpoint="x")] * (shard + 1))
-            accounts.tick({"x": EndpointState(0, 4, True, {})})
-        records.append(Record.load(folder / "traces" / NAME))
-    records[0].add(records[1])
-    facts = records[0].facts()
+            clock.now += 7
+            accounts.add([reply(shard, endpoint="x"), reply("f", 1, "failed", error="timeout")])
+            accounts.tick({"x": EndpointState(0, 4, True, {"timeout": 2})})
+    for shard in ("a", "b", "a"):
+        kept = (tmp_path / shard / "traces" / NAME).read_bytes()
+        (tmp_path / "out" / "traces" / shard_name(shard)).write_bytes(kept)
+    facts = Accounts(out, 5, 3).facts()
     assert facts["finished"] == facts["endpoints"]["x"]["finished"] == sum(facts["throughput"]["finished"]) == 3
-    assert facts["starts"] == 2
+    assert (facts["starts"], facts["wall_seconds"]) == (3, 7.0)
+    assert facts["errors"] == {"timeout": 6} and facts["failed"] == {"timeout": 3}
 
 
 def test_one_endpoint_reads_well_on_80_columns():

@@ -24,7 +24,7 @@ def reply(name: str, top: TopLogprobs | None) -> Reply:
 def top(seed: int, positions: int = 5, most: int = 4) -> TopLogprobs:
     rng = np.random.default_rng(seed)
     values = -np.sort(rng.exponential(3, (positions, most))).astype(np.float16).astype(float)
-    return TopLogprobs(rng.integers(0, 150_000, (positions, most)).tolist(), values.tolist())
+    return TopLogprobs(rng.integers(0, 150_000, (positions, most)).tolist(), values.tolist(), [])
 
 
 def write(folder: Path, names: list[str], finished: set[str]) -> LogprobsWriter:
@@ -148,6 +148,21 @@ def test_texts_are_kept_in_a_table_and_mapped_by_who_knows_them(tmp_path):
         assert reader.read("a").tokens_TK.tolist() == [[5, no], [no, perhaps]]
         assert reader.read("a").chosen_T.tolist() == [5, perhaps]
         assert reader.read("b").tokens_TK.tolist() == [[perhaps, 6, 17]]
+
+
+def test_frames_of_a_shard_are_copied_and_their_texts_numbered_anew(tmp_path):
+    given_ = TopLogprobs([["b", 17], ["c"]], [[-0.5, -1.0], [-0.25]], ["b", "c"])
+    with LogprobsWriter(tmp_path / "shard" / "traces", set()) as writer:
+        writer.write([reply("1", given_), reply("2", top(2))])
+    with LogprobsWriter(tmp_path / "out" / "traces", set()) as writer:
+        writer.write([reply("0", TopLogprobs([["c", "a"]], [[-1.0, -2.0]]))])
+        with LogprobsReader(tmp_path / "shard") as reader:
+            assert (reader.top("1"), reader.top("2")) == (given_, top(2))
+            writer.copy(reader, ["2", "1", "not there"])
+    with LogprobsReader(tmp_path / "out") as reader:
+        assert [name for name, _ in reader] == ["0", "2", "1"]
+        assert (reader.top("1"), reader.top("2")) == (given_, top(2))
+    assert read_texts(tmp_path / "out" / "traces") == ["c", "a", "b"]
 
 
 def test_ids_of_texts_leaves_out_what_several_tokens_read_as():
