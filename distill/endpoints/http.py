@@ -8,6 +8,7 @@ strict: what does not parse ends the connection, and with it what was asked.
 import asyncio
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from distill.endpoints.failures import Failure, Stale
@@ -174,38 +175,31 @@ class Connection(asyncio.Protocol):
 
     def _chunks(self, data: bytes) -> None:
         """Feeds the sink what the chunks in `data` hold, in one piece; `_left` is of a begun chunk and its line end."""
-        pieces: list[bytes] = []
-        position, size, ended = 0, len(data), False
+        size, ended = len(data), False
+        position, pieces = self._begun(data, 0) if self._left else (0, [])
+        find = data.find
         while position < size:
-            if self._left:
-                piece = data[position : position + self._left]
-                position += len(piece)
-                self._left -= len(piece)
-                # The last two bytes of what is left are the chunk's line end.
-                if self._left < 2:
-                    piece = piece[: len(piece) - (2 - self._left)] if len(piece) > 2 - self._left else b""
-                pieces.append(piece)
-                continue
-            end = data.find(b"\r\n", position)
+            end = find(b"\r\n", position)
             if end < 0:
                 break
             length = _chunk_size(data[position:end])
-            if length == 0:
-                trailer = data.find(b"\r\n\r\n", end)
+            start = end + 2
+            stop = start + length
+            if not length:
+                trailer = find(b"\r\n\r\n", end)
                 if trailer < 0:
                     break
                 self._broken |= trailer + 4 != size
-                ended = True
-                position = size
-            elif end + 4 + length <= size:
-                start = end + 2
-                if data[start + length : start + length + 2] != b"\r\n":
+                position, ended = size, True
+            elif stop + 2 <= size:
+                if data[stop : stop + 2] != b"\r\n":
                     raise Failure("bad_http", "a chunk that is not as long as it says")
-                pieces.append(data[start : start + length])
-                position = start + length + 2
+                pieces.append(data[start:stop])
+                position = stop + 2
             else:
                 self._left = length + 2
-                position = end + 2
+                position, rest = self._begun(data, start)
+                pieces += rest
         self._held = data[position:]
         if len(self._held) > _MOST_HEAD:
             raise Failure("bad_http", "a chunk's size line without an end")
@@ -214,6 +208,13 @@ class Connection(asyncio.Protocol):
             self._sink.feed(b"".join(pieces))
         if ended:
             self._finish()
+
+    def _begun(self, data: bytes, start: int) -> tuple[int, list[bytes]]:
+        """(where it ends, what is there) of a chunk with `_left` bytes to come, line end included."""
+        piece = data[start : start + self._left]
+        self._left -= len(piece)
+        text = piece[: max(0, len(piece) - max(0, 2 - self._left))]
+        return start + len(piece), [text] if text else []
 
     def _finish(self) -> None:
         answer, self._answer = self._answer, None
@@ -241,6 +242,7 @@ def _parse(head: bytes) -> Head:
     return Head(int(rest[:3]), headers)
 
 
+@lru_cache(maxsize=4096)
 def _chunk_size(line: bytes) -> int:
     digits = line.partition(b";")[0].strip()
     if not digits or len(digits) > 8 or not digits.isalnum():
