@@ -77,7 +77,8 @@ class LogprobsWriter:
         self._append([(reply.id, reply.logprobs) for reply in replies if reply.logprobs is not None])
 
     def copy(self, reader: "LogprobsReader", trace_ids: Iterable[str]) -> None:
-        """Frames of those traces that `reader` (opened without `token_id`) has; as write()."""
+        """Frames of those traces that `reader` (opened without `token_id`) has, maybe just now; as write()."""
+        reader.refresh()
         self._append([(name, reader.top(name)) for name in trace_ids if name in reader])
 
     def _append(self, tables: list[tuple[str, TopLogprobs]]) -> None:
@@ -127,10 +128,18 @@ class LogprobsReader:
             self._handle = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such file; set sampling.logprobs before traces are made") from None
-        size = os.fstat(self._handle).st_size
-        self._places = {name: (start, end) for name, start, end in _frames(self._handle, size)}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._end = 0
+        self._token_id = token_id
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find what was written since, if the run is under way."""
+        for name, start, end in _frames(self._handle, os.fstat(self._handle).st_size, self._end):
+            self._places[name] = start, end
+            self._end = end
         self._texts = read_texts(self.path.parent)
-        self._known = [token_id(text) for text in self._texts] if token_id else []
+        self._known = [self._token_id(text) for text in self._texts] if self._token_id else []
 
     def __contains__(self, trace_id: str) -> bool:
         return trace_id in self._places

@@ -7,7 +7,7 @@ that are not there yet, so it can be interrupted, repeated, and done while shard
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from distill.errors import UserError
 from distill.files import sha256_file, write_atomic
 from distill.generation.finished import Finished, Row, index_row, number
 from distill.generation.lines import parse
+from distill.generation.logprobs import NAME as LOGPROBS
+from distill.generation.logprobs import LogprobsReader, LogprobsWriter
 from distill.generation.plan import sampling_record
+from distill.generation.record import merge_accounts
 from distill.jsonl import Appender
 from distill.manifest import Manifest
 from distill.recipe import Recipe
@@ -56,6 +59,7 @@ def merge(out: Path, runs: Sequence[Path]) -> str:
             more, known = _add_traces(run, source)
             added, there = added + more, there + known
             _add_grades(run, source)
+            merge_accounts(source / "traces", run.path("traces"))
     return (
         f"{out}: {added} traces added from {len(runs)} folder{'s' if len(runs) > 1 else ''}, {there} were there; "
         f"`distill traces {out}` makes what is missing and the table"
@@ -106,7 +110,13 @@ def _add_traces(run: RunFolder, source: Path) -> tuple[int, int]:
     """(traces added, traces that were there)."""
     path = run.path("traces", "traces.jsonl")
     added = there = 0
-    with Appender(path) as file, closing(Finished(path)) as finished:
+    with ExitStack() as stack:
+        file = stack.enter_context(Appender(path))
+        finished = stack.enter_context(closing(Finished(path)))
+        logprobs: tuple[LogprobsWriter, LogprobsReader] | None = None
+        if (source / "traces" / LOGPROBS).is_file():
+            writer = stack.enter_context(LogprobsWriter(path.parent, finished))
+            logprobs = writer, stack.enter_context(LogprobsReader(source))
         new: set[int] = set()
         for batch in _batches(source / "traces" / "traces.jsonl"):
             lines: list[bytes] = []
@@ -120,6 +130,9 @@ def _add_traces(run: RunFolder, source: Path) -> tuple[int, int]:
                 lines.append(line)
                 rows.append((row[0], position, *row[2:]))
                 position += len(line)
+            if logprobs:
+                writer, reader = logprobs
+                writer.copy(reader, [parse(line, f"{source}")["id"] for line in lines])
             file.append_lines(lines, sync=True)
             finished.add(rows)
             added += len(lines)

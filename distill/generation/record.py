@@ -4,6 +4,7 @@ It is small whatever the run's size, and written as a whole.
 """
 
 import json
+import secrets
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +16,13 @@ from distill.generation.throughput import Throughput
 from distill.generation.totals import Sums, Totals
 
 NAME = "accounts.json"
+_MERGED = "accounts.*.json"
 _VERSION = 1
-
-
-def shard_name(shard: str) -> str:
-    """File of the accounts of a merged shard, beside the folder's own: merging again then replaces them."""
-    return f"accounts.{shard}.json"
 
 
 @dataclass
 class Record:
+    origin: str = field(default_factory=lambda: secrets.token_hex(8))  # of the folder that it was begun in
     totals: Totals = field(default_factory=Totals)
     throughput: Throughput = field(default_factory=Throughput)
     starts: int = 0
@@ -77,9 +75,9 @@ class Record:
         self.wrong += other.wrong
 
     def with_shards(self, folder: Path) -> "Record":
-        """Together with the accounts of shards that were merged into `folder`: accounts.*.json, see shard_name."""
+        """Together with the accounts of other folders that were merged into `folder`."""
         whole = Record()
-        for record in [self, *(Record.load(path) for path in sorted(folder.glob(shard_name("*"))))]:
+        for record in [self, *(Record.load(path) for path in sorted(folder.glob(_MERGED)))]:
             whole.add(record)
         return whole
 
@@ -127,6 +125,14 @@ class Record:
             for name in names
             for sums in [parts.get(name) or Sums()]
         }
+
+
+def merge_accounts(source: Path, out: Path) -> None:
+    """Keep the accounts of the traces folder `source` beside those of `out`, in place of what was kept of it before."""
+    for path in [source / NAME, *source.glob(_MERGED)]:
+        if path.is_file():
+            record = Record.load(path)
+            record.save(out / _MERGED.replace("*", record.origin))
 
 
 def latency(sums: Sums) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distill.errors import UserError
 from distill.generation.accounts import Accounts, error_kind, gpus
 from distill.generation.live import Standing, host, lines, short
-from distill.generation.record import NAME, Record, shard_name
+from distill.generation.record import Record, merge_accounts
 from distill.generation.throughput import Amount, Recent, Throughput
 from distill.generation.totals import Totals
 from distill.progress import Progress
@@ -201,9 +201,10 @@ def test_accounts_of_merged_shards_add_up_however_often_they_are_merged(tmp_path
             accounts.add([reply(shard, endpoint="x"), reply("f", 1, "failed", error="timeout")])
             accounts.tick({"x": EndpointState(0, 4, True, {"timeout": 2})})
     for shard in ("a", "b", "a"):
-        kept = (tmp_path / shard / "traces" / NAME).read_bytes()
-        (tmp_path / "out" / "traces" / shard_name(shard)).write_bytes(kept)
+        merge_accounts(tmp_path / shard / "traces", tmp_path / "out" / "traces")
+    merge_accounts(tmp_path / "out" / "traces", tmp_path / "further" / "traces")
     facts = Accounts(out, 5, 3).facts()
+    assert Accounts(Run(tmp_path / "further"), 5, 3).facts() == facts
     assert facts["finished"] == facts["endpoints"]["x"]["finished"] == sum(facts["throughput"]["finished"]) == 3
     assert (facts["starts"], facts["wall_seconds"]) == (3, 7.0)
     assert facts["errors"] == {"timeout": 6} and facts["failed"] == {"timeout": 3}
