@@ -3,18 +3,20 @@
 DeepSeek-V2 arXiv 2405.04434 section 2.1; DeepSeek-V3 section 2.1.1 (eq. 1-11).
 
 Shapes: B batch, T query tokens, S tokens of context, H heads, N = qk_nope_head_dim, D = qk_rope_head_dim,
-V = v_head_dim, R = kv_lora_rank, C = R + D the cached latent, K = N + D, P places in the cache.
+V = v_head_dim, R = kv_lora_rank, C = R + D the cached latent, K = N + D, P places in the cache (in a
+PagedView: pages of G tokens), W = C, or the bytes of a row in FP8.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teacher.config import DeepseekV3Config
+from teacher.kernels.mla_cache import pack, unpack
 from teacher.norm import RMSNorm
 from teacher.rope import rotate, softmax_scale
 from teacher.segments import Packing
@@ -23,10 +25,23 @@ from teacher.segments import Packing
 class CacheView(NamedTuple):
     """Where the tokens of one call lie in one layer's cache."""
 
-    cache_PC: Tensor  # a token a row
+    cache_PW: Tensor  # a token a row
     write_BT: Tensor  # the place of each new token; padding is written to a place that nobody reads
     read_BS: Tensor  # the place of each position from 0 on
     bias_BTS: Tensor  # 0 where a new token sees a position, else -inf
+
+
+class PagedView(NamedTuple):
+    """The same for the decoding kernel, which finds pages and bounds by itself; for absorbed attention alone."""
+
+    cache_PGW: Tensor
+    write_BT: Tensor
+    table_BP: Tensor
+    position_BT: Tensor  # -1: padding
+    first_B: Tensor | None  # the first position that a sequence sees, if not 0
+
+
+View: TypeAlias = CacheView | PagedView
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -90,7 +105,7 @@ class MultiHeadLatentAttention(nn.Module):
         out_BHTV = scaled_dot_product(q, k, v_BTHV.transpose(1, 2), packing, self.scale)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), latent_BTC
 
-    def extend(self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, view: CacheView, absorbed: bool) -> Tensor:
+    def extend(self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, view: View, absorbed: bool) -> Tensor:
         """New tokens of sequences whose earlier latents are cached; stores theirs. Returns (B, T, hidden).
 
         `absorbed` (V2 section 2.1.2): kv_b_proj's key half is applied to the query and its value half to the attended
@@ -101,8 +116,15 @@ class MultiHeadLatentAttention(nn.Module):
         config = self.config
         heads, rank = config.num_attention_heads, config.kv_lora_rank
         q_nope_BTHN, q_rope_BTHD = self.queries(x_BTH, cos_BTD, sin_BTD)
-        view.cache_PC[view.write_BT] = self.latents(x_BTH, cos_BTD, sin_BTD)
-        context_BSC = view.cache_PC[view.read_BS]
+        latent_BTC = self.latents(x_BTH, cos_BTD, sin_BTD)
+        if isinstance(view, PagedView):
+            assert absorbed
+            return self._decode(q_nope_BTHN, q_rope_BTHD, latent_BTC, view)
+        fp8 = view.cache_PW.dtype == torch.uint8
+        view.cache_PW[view.write_BT] = pack(latent_BTC, rank) if fp8 else latent_BTC
+        context_BSC = view.cache_PW[view.read_BS]
+        if fp8:
+            context_BSC = unpack(context_BSC, rank, config.qk_rope_head_dim, x_BTH.dtype)
         if not absorbed:
             k_nope_BSHN, v_BSHV = (
                 self.kv_b_proj(context_BSC[..., :rank])
@@ -116,9 +138,7 @@ class MultiHeadLatentAttention(nn.Module):
                 q_BHTK, k_BHSK, v_BSHV.transpose(1, 2), attn_mask=view.bias_BTS.unsqueeze(1), scale=self.scale
             )
             return self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
-        up_k_HNR, up_v_HVR = self.kv_b_proj.weight.view(heads, -1, rank).split(
-            (config.qk_nope_head_dim, config.v_head_dim), dim=1
-        )
+        up_k_HNR, up_v_HVR = self._up()
         q_latent_BTHR = torch.einsum("bthn,hnr->bthr", q_nope_BTHN, up_k_HNR)
         q_BQC = torch.cat((q_latent_BTHR, q_rope_BTHD), dim=-1).flatten(1, 2)  # Q = T * H: one key head serves all
         # The entry serves as key, and whole as value too: the CPU's flash kernel wants equal sizes.
@@ -128,6 +148,29 @@ class MultiHeadLatentAttention(nn.Module):
         ).squeeze(1)[..., :rank]  # fmt: skip
         value_BTHV = torch.einsum("bthr,hvr->bthv", latent_BQR.unflatten(1, (-1, heads)), up_v_HVR)
         return self.o_proj(value_BTHV.flatten(2))
+
+    def _decode(self, q_nope_BTHN: Tensor, q_rope_BTHD: Tensor, latent_BTC: Tensor, view: PagedView) -> Tensor:
+        """The absorbed form by kernels, without a copy of the context."""
+        from teacher.kernels.mla_append import append
+        from teacher.kernels.mla_decode import mla_decode
+
+        if view.cache_PGW.dtype == torch.uint8:
+            append(view.cache_PGW, view.write_BT.flatten(), latent_BTC.flatten(0, 1), self.config.kv_lora_rank)
+        else:
+            view.cache_PGW.flatten(0, 1)[view.write_BT] = latent_BTC
+        up_k_HNR, up_v_HVR = self._up()
+        q_latent_BTHR = torch.einsum("bthn,hnr->bthr", q_nope_BTHN, up_k_HNR)
+        attended_BTHR = mla_decode(
+            q_latent_BTHR, q_rope_BTHD, view.cache_PGW, view.table_BP, view.position_BT, self.scale, view.first_B
+        )
+        return self.o_proj(torch.einsum("bthr,hvr->bthv", attended_BTHR, up_v_HVR).flatten(2))
+
+    def _up(self) -> tuple[Tensor, Tensor]:
+        """kv_b_proj's key half (H, N, R) and value half (H, V, R)."""
+        config = self.config
+        weight_HXR = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        up_k_HNR, up_v_HVR = weight_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        return up_k_HNR, up_v_HVR
 
 
 def scaled_dot_product(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, packing: Packing, scale: float) -> Tensor:

@@ -3,29 +3,26 @@
 A step admits waiting requests, runs a chunk of the prompts that are not in the cache yet, and then brings every running
 sequence a token (or several, with MTP speculation). A place that becomes free is filled by the next request, so the
 batch stays full until the requests run out. Where things are: scheduler.py (admission, prefix sharing, preemption),
-pages.py, cache.py, decoding.py (a round of drawing and drafting), runner.py and native/ (the model).
+pages.py, cache.py, decoding.py (a round of drawing and drafting), runners.py (the model: torch, CUDA graphs, C).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Sequence_
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from teacher.cache import LatentCache
-from teacher.decoding import Round, Runner, decode, prefill
-from teacher.graphs import GraphRunner
+from teacher.cache import LatentCache, row_size
+from teacher.decoding import Round, decode, prefill
 from teacher.model import DeepseekV3
-from teacher.native.runner import native_runners
 from teacher.pages import PagePool
 from teacher.requests import Completion, EngineStats, FinishReason, Request, Update, problem_with
-from teacher.runner import TorchRunner
+from teacher.runners import decodes_by_kernel, runners
 from teacher.scheduler import Scheduler, Sequence
 from teacher.slots import Slots
 from teacher.text import TextStream
@@ -47,7 +44,9 @@ class Engine:
     prompt tokens of a step. `speculate` is how many tokens the MTP module drafts a step, while no more than
     `speculate_rows` sequences run. `threads` CPU threads each take a share of the sequences (default: torch's number).
     `native` lets a float32 model on a CPU run in C (see teacher/native) where there is a compiler, `graphs` a bf16
-    model on a GPU by CUDA graphs; `runs_in` says what came of it. A change of the weights wants a new engine.
+    model on a GPU by CUDA graphs, `kernels` its attention in Triton; `runs_in` says what came of it. `cache_dtype`
+    "fp8" keeps 656 bytes a token and layer of DeepSeek-V3's sizes instead of 1,152, at e4m3's precision. `page_size`
+    is 64 where the kernel reads the cache, else 16. A change of the weights wants a new engine.
     Raises ValueError on sizes that the model cannot have.
     """
 
@@ -59,19 +58,27 @@ class Engine:
         max_len: int | None = None,
         *,
         cache_tokens: int | None = None,
-        page_size: int = 16,
+        page_size: int | None = None,
         prefill_tokens: int = 8192,
         speculate: int = 0,
         speculate_rows: int = 8,
         threads: int | None = None,
         native: bool = True,
         graphs: bool = True,
+        kernels: bool = True,
+        cache_dtype: Literal["model", "fp8"] = "model",
     ) -> None:
         context = model.config.max_position_embeddings
         max_len = context if max_len is None else max_len
         if not 2 <= max_len <= context:
             raise ValueError(f"max_len is {max_len}; expected 2 to {context}, the model's max_position_embeddings")
         threads = torch.get_num_threads() if threads is None else threads
+        if cache_dtype not in ("model", "fp8"):
+            raise ValueError(f"cache_dtype is {cache_dtype!r}; expected 'model' or 'fp8'")
+        weight = model.lm_head.weight
+        kept = torch.uint8 if cache_dtype == "fp8" else weight.dtype
+        kernels = kernels and decodes_by_kernel(model, kept, page_size or 64)
+        page_size = (64 if kernels else 16) if page_size is None else page_size
         sizes = {"batch_size": batch_size, "page_size": page_size, "prefill_tokens": prefill_tokens, "threads": threads}
         for name, value in sizes.items():
             if value < 1:
@@ -84,25 +91,24 @@ class Engine:
         self.tokenizer = tokenizer_or_eos if hasattr(tokenizer_or_eos, "eos_token_id") else None
         self.stop_ids = _stop_ids(model.config.eos_token_id if tokenizer_or_eos is None else tokenizer_or_eos)
         self.speculate, self.speculate_rows, self.prefill_tokens = speculate, speculate_rows, prefill_tokens
-        weight = model.lm_head.weight
         layers = model.config.num_hidden_layers + (speculate > 0)
         most = batch_size * (-(-max_len // page_size))
         if cache_tokens is not None:
             pages = min(most, -(-cache_tokens // page_size))
         else:
-            page_bytes = layers * page_size * model.config.latent_dim * weight.element_size()
+            page_bytes = layers * page_size * row_size(model.config, kept) * kept.itemsize
             pages = max(1, min(most, _memory_for_cache(weight.device) // page_bytes))
         self.max_len = min(max_len, pages * page_size)
         self._pool = PagePool(pages, page_size)
         self._slots = Slots(batch_size, self.max_len, page_size, speculate)
         # Few, larger prefills: waiting for a sixteenth of the slots costs 3% of the batch and saves most of the calls.
         self._scheduler = Scheduler(self._slots, self._pool, max(1, batch_size // 16), speculate)
-        self._cache = LatentCache(model.config, layers, pages, page_size, weight.dtype, weight.device)
+        self._cache = LatentCache(model.config, layers, pages, page_size, kept, weight.device)
         self._threads = threads if weight.device.type == "cpu" else 1
         self._pool_of_threads = (
             ThreadPoolExecutor(self._threads, "engine", torch.set_num_threads, (1,)) if self._threads > 1 else None
         )
-        self._runners = _runners(model, self._cache, self._threads, native, graphs)
+        self._runners = runners(model, self._cache, self._threads, native, graphs, kernels)
         self.runs_in = self._runners[0].name
         self._live: dict[str, Sequence] = {}
         self._cancelled: list[str] = []
@@ -317,16 +323,6 @@ class Engine:
             self._ended[request.id] = completion
         first = sequence.shown
         return Update(request.id, drawn[first:], text, sequence.logprobs[first : len(drawn)], completion)
-
-
-def _runners(model: DeepseekV3, cache: LatentCache, threads: int, native: bool, graphs: bool) -> Sequence_[Runner]:
-    """A runner a thread, of the fastest kind that serves this model here."""
-    in_c = native_runners(model, cache, threads) if native else None
-    if in_c:
-        return in_c
-    weight = model.lm_head.weight
-    kind = GraphRunner if graphs and weight.device.type == "cuda" and weight.dtype == torch.bfloat16 else TorchRunner
-    return [kind(model, cache) for _ in range(threads)]
 
 
 def _stop_id(slots: Slots, sequence: Sequence) -> int | None:

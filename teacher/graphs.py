@@ -25,8 +25,8 @@ class GraphRunner(TorchRunner):
 
     name = "torch with CUDA graphs"
 
-    def __init__(self, model: DeepseekV3, cache: LatentCache) -> None:
-        super().__init__(model, cache)
+    def __init__(self, model: DeepseekV3, cache: LatentCache, kernels: bool = False) -> None:
+        super().__init__(model, cache, kernels)
         self._graphs: dict[tuple[str, int, int, int], _Graph] = {}
         # One for all recordings: they run one after the other, and what one leaves is copied before the next.
         self._memory = torch.cuda.graph_pool_handle()

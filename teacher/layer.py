@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from teacher.attention import CacheView, MultiHeadLatentAttention
+from teacher.attention import MultiHeadLatentAttention, View
 from teacher.config import DeepseekV3Config
 from teacher.experts import MLP, MoE
 from teacher.norm import RMSNorm
@@ -35,7 +35,7 @@ class DecoderLayer(nn.Module):
         fed, routing = self.feed_forward(x_BTH)
         return x_BTH + fed, latent_BTC, routing
 
-    def extend(self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, view: CacheView, absorbed: bool) -> Tensor:
+    def extend(self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, view: View, absorbed: bool) -> Tensor:
         """The layer's output for new tokens of cached sequences."""
         x_BTH = x_BTH + self.self_attn.extend(self.input_layernorm(x_BTH), cos_BTD, sin_BTD, view, absorbed)
         fed_BTH, _ = self.feed_forward(x_BTH)

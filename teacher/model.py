@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, H hidden, V vocabulary, D = qk_rope_head_dim, C = lat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from teacher.attention import CacheView
+from teacher.attention import View
 from teacher.config import DeepseekV3Config
 from teacher.experts import Experts
 from teacher.layer import DecoderLayer
@@ -177,7 +177,7 @@ class DeepseekV3(nn.Module):
         return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     @torch.inference_mode()
-    def extend(self, input_ids_BT: Tensor, position_BT: Tensor, views: list[CacheView], absorbed: bool) -> Tensor:
+    def extend(self, input_ids_BT: Tensor, position_BT: Tensor, views: Sequence[View], absorbed: bool) -> Tensor:
         """Hidden states (B, T, H) after the final norm of new tokens of sequences whose earlier tokens are cached.
 
         `views` says for each main layer where its cache is; the new tokens' latents are stored there.
@@ -189,9 +189,7 @@ class DeepseekV3(nn.Module):
         return self.model.norm(x_BTH)
 
     @torch.inference_mode()
-    def draft(
-        self, hidden_BTH: Tensor, next_ids_BT: Tensor, position_BT: Tensor, view: CacheView, absorbed: bool
-    ) -> Tensor:
+    def draft(self, hidden_BTH: Tensor, next_ids_BT: Tensor, position_BT: Tensor, view: View, absorbed: bool) -> Tensor:
         """The first MTP module as a draft: its output (B, T, H) before its norm, from hidden states at `position_BT`
         and the tokens after them. Given its own output and the token drafted from that, it drafts one further."""
         module = self.mtp_layers[0]

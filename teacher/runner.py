@@ -7,13 +7,14 @@ L layers, C latent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from teacher.attention import CacheView
+from teacher.attention import CacheView, PagedView, View
 from teacher.cache import LatentCache
 from teacher.config import DeepseekV3Config
 from teacher.model import DeepseekV3
@@ -37,13 +38,15 @@ class Batch(NamedTuple):
 
 
 class TorchRunner:
-    """Runs `model` over the sequences of `cache`."""
+    """Runs `model` over the sequences of `cache`; with `kernels`, absorbed attention by the MLA decoding kernel."""
 
     name = "torch"
 
-    def __init__(self, model: DeepseekV3, cache: LatentCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: DeepseekV3, cache: LatentCache, kernels: bool = False) -> None:
+        self.model, self.cache, self._kernels = model, cache, kernels
         self.device = model.lm_head.weight.device
+        if kernels:
+            self.name += ", MLA decode in Triton"
 
     @torch.inference_mode()
     def forward(self, batch: Batch, wanted_M: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -69,9 +72,7 @@ class TorchRunner:
 
     def extend(self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor) -> Tensor:
         """Hidden states (B, T, H) of new tokens; positions of padding are -1."""
-        layers = self.cache.latents_LPGC[: self.model.config.num_hidden_layers]
-        views = _views(layers, position_BT, table_BP, None)
-        absorbed = absorbed_is_cheaper(self.model.config, tokens_BT.shape[1], views[0].read_BS.shape[1])
+        views, absorbed = self._views(slice(self.model.config.num_hidden_layers), position_BT, table_BP, None)
         return self.model.extend(tokens_BT, position_BT.clamp_min(0), views, absorbed)
 
     def extend_draft(
@@ -79,9 +80,22 @@ class TorchRunner:
     ) -> Tensor:
         """The draft module's output (B, T, H)."""
         last = self.model.config.num_hidden_layers
-        (view,) = _views(self.cache.latents_LPGC[last : last + 1], position_BT, table_BP, first_B1)
-        absorbed = absorbed_is_cheaper(self.model.config, tokens_BT.shape[1], view.read_BS.shape[1])
+        (view,), absorbed = self._views(slice(last, last + 1), position_BT, table_BP, first_B1)
         return self.model.draft(hidden_BTH, tokens_BT, position_BT.clamp_min(0), view, absorbed)
+
+    def _views(
+        self, layers: slice, position_BT: Tensor, table_BP: Tensor, first_B1: Tensor | None
+    ) -> tuple[Sequence[View], bool]:
+        """What attention is told of these layers' caches, and whether it is to run in the absorbed form."""
+        layers_LPGW = self.cache.latents_LPGC[layers]
+        new, page_size = position_BT.shape[1], layers_LPGW.shape[2]
+        absorbed = absorbed_is_cheaper(self.model.config, new, table_BP.shape[1] * page_size)
+        write_BT = _places(position_BT, table_BP, page_size)
+        if self._kernels and absorbed:
+            first_B = None if first_B1 is None else first_B1.squeeze(1)
+            return [PagedView(layer, write_BT, table_BP, position_BT, first_B) for layer in layers_LPGW], True
+        read_BS, bias_BTS = _context(position_BT, table_BP, first_B1, page_size, self.model.lm_head.weight.dtype)
+        return [CacheView(layer.flatten(0, 1), write_BT, read_BS, bias_BTS) for layer in layers_LPGW], absorbed
 
     @torch.inference_mode()
     def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray:
@@ -145,23 +159,27 @@ class _Rows:
         return values_BTH[_index(self._row_N, self._device), _index(self._column_N, self._device)]
 
 
-def _views(layers_LPGC: Tensor, position_BT: Tensor, table_BP: Tensor, first_B1: Tensor | None) -> list[CacheView]:
-    """What attention is told of each layer's cache. Computed on the device: the indices of a long context are many."""
-    page_size, pages_BP = layers_LPGC.shape[2], table_BP.long()
+def _places(position_BT: Tensor, table_BP: Tensor, page_size: int) -> Tensor:
+    """Where new tokens are written. Page 0 belongs to nobody: padding goes there."""
     inside_BT = position_BT.clamp_min(0)
-    place_BT = pages_BP.gather(1, inside_BT // page_size) * page_size + inside_BT % page_size
-    # Page 0 belongs to nobody: padding is written there.
-    write_BT = torch.where(position_BT < 0, 0, place_BT)
+    place_BT = table_BP.long().gather(1, inside_BT // page_size) * page_size + inside_BT % page_size
+    return torch.where(position_BT < 0, 0, place_BT)
+
+
+def _context(
+    position_BT: Tensor, table_BP: Tensor, first_B1: Tensor | None, page_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Where every position lies, and what each token sees. Made on the device: a long context has many indices."""
+    inside_BT = position_BT.clamp_min(0)
     offset_G = torch.arange(page_size, device=position_BT.device)
-    read_BS = (pages_BP.unsqueeze(-1) * page_size + offset_G).flatten(1)
+    read_BS = (table_BP.long().unsqueeze(-1) * page_size + offset_G).flatten(1)
     seen_S = torch.arange(read_BS.shape[1], device=position_BT.device)
     unseen_BTS = seen_S > inside_BT.unsqueeze(-1)
     if first_B1 is not None:
         # Padding must see something too, or its softmax is NaN: itself.
         unseen_BTS |= (seen_S < first_B1.unsqueeze(-1)) & (seen_S != inside_BT.unsqueeze(-1))
-    bias_BTS = torch.zeros(unseen_BTS.shape, dtype=layers_LPGC.dtype, device=position_BT.device)
-    bias_BTS.masked_fill_(unseen_BTS, float("-inf"))
-    return [CacheView(layer_PGC.flatten(0, 1), write_BT, read_BS, bias_BTS) for layer_PGC in layers_LPGC]
+    bias_BTS = torch.zeros(unseen_BTS.shape, dtype=dtype, device=position_BT.device)
+    return read_BS, bias_BTS.masked_fill_(unseen_BTS, float("-inf"))
 
 
 def _index(values: np.ndarray, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention of newly decoded tokens over the paged latent cache, in the absorbed form of DeepSeek-V2 section 2.1.2.
 
-Every head reads the same entry, a latent of R values and a rotary key of D: scores are q_latent · latent + q_rope · key,
+Every head reads the same entry, a latent of R values and a rotary key of D: a score is q_latent · latent + q_rope · key,
 and what is attended to is the latent again. The keys of a sequence are split over programs, whose parts a second kernel
 merges by their log-sum-exp (flash decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Whatever the
 values of a launch, it asks the host for nothing: lengths stay on the device, so a CUDA graph can hold it.
@@ -16,8 +16,8 @@ ceiling is the BF16 rate, at most 76% of the bandwidth in bf16 and 43% in FP8. O
 output is 64 x 512 in fp32, half of an SM's registers), so at 128 heads two read each token, the second from the L2.
 Parts add 4 (R + 1) bytes written and read a query a split, which matters for a short context of few sequences alone.
 
-Shapes: B sequences, T new tokens each, H heads, R = kv_lora_rank, D = qk_rope_head_dim, P pages of a sequence, G tokens a
-page, W the cache's row: R + D of bf16, or teacher.kernels.mla_cache's bytes.
+Shapes: B sequences, T new tokens each, H heads, R = kv_lora_rank, D = qk_rope_head_dim, P pages of a sequence, G tokens
+a page, W the cache's row: R + D of bf16, or teacher.kernels.mla_cache's bytes.
 """
 
 from __future__ import annotations
@@ -156,7 +156,10 @@ def _check(
                 f"{name} is {tuple(query.shape)} of {query.dtype}; expected (B, T, H, size) of bfloat16 with the last "
                 "dimension dense, the same B, T, H for both"
             )
-    expected = {"table": (table_BP, (rows, table_BP.shape[-1])), "position": (position_BT, (rows, tokens))}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "table": (table_BP, (rows, table_BP.shape[-1])),
+        "position": (position_BT, (rows, tokens)),
+    }
     if first_B is not None:
         expected["first"] = first_B, (rows,)
     for name, (indices, shape) in expected.items():

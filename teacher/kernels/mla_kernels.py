@@ -2,8 +2,8 @@
 
 What is computed, and the floors, is said in mla_decode.py, which launches these.
 
-Shapes: B sequences, T new tokens each, H heads, M = T * H queries of a sequence (`m`), N keys of a tile, R rank (padded to
-BLOCK_R), D rotary size (BLOCK_D), C columns, K scales of an FP8 row, S splits.
+Shapes: B sequences, T new tokens each, H heads, M = T * H queries of a sequence (`m`), N keys of a tile, R rank (padded
+to BLOCK_R), D rotary size (BLOCK_D), C columns, K scales of an FP8 row, S splits.
 """
 
 import triton

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from teacher.kernels.mla_cache import append, pack, row_bytes, unpack
+from teacher.kernels.mla_append import append
+from teacher.kernels.mla_cache import pack, row_bytes, unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(512, 64), (384, 64), (128, 16), (32, 16), (16, 8)]
@@ -60,12 +61,13 @@ def test_deepseeks_row_is_656_bytes():
 
 
 def test_what_append_cannot_take_is_named():
-    cache, place = torch.zeros(2, 16, 656, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
+    cache = torch.zeros(2, 16, 656, dtype=torch.uint8, device=DEVICE)
+    place = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match=r"bfloat16 cache of shape \(2, 16, 656\)"):
         append(cache.bfloat16(), place, torch.randn(3, 576), 512)
     with pytest.raises(ValueError, match="68 a row"):
         append(cache, place, torch.randn(3, 48), 32)
-    with pytest.raises(ValueError, match=r"not \(4, 576\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"latents are \[4, 576\], places \[3\]"):
         append(cache, place, torch.randn(4, 576), 512)
     with pytest.raises(ValueError, match="kv_lora_rank % 4"):
         row_bytes(30, 8)

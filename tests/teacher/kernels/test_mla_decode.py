@@ -1,4 +1,4 @@
-"""MLA decode against fp32 truth. Whatever the kernel must not read is NaN: other pages, the rest of last pages, page 0."""
+"""MLA decode against fp32 truth. What the kernel must not read is NaN: other pages, the rest of last pages, page 0."""
 
 import random
 
@@ -203,7 +203,7 @@ def test_wrong_dtypes_are_named(change, match):
 def test_wrong_shapes_are_named():
     case = Case([5], 4, rank=32, rope=16)
     case.cache_PGW = case.cache_PGW[..., :40]
-    with pytest.raises(ValueError, match="cache is .* expected contiguous rows of 48"):
+    with pytest.raises(ValueError, match=r"cache is .* expected contiguous rows of 48"):
         case.run()
     case = Case([5, 6], 4, rank=32, rope=16, page_size=48)
     with pytest.raises(ValueError, match="pages of a power of two of tokens, not 48"):
