@@ -187,7 +187,7 @@ class EmbeddedTeacher:
         text = self._decode(ids)
         reasoning = self._reasoning_tokens(text, ids)
         answer = len(ids) - reasoning
-        top = None if done.logprobs is None else _top(done.logprobs)
+        top = None if done.logprobs is None else _top(done.logprobs, ids)
         return Reply(
             done.id, text, done.finish_reason, done.prompt_tokens, reasoning, answer, done.seconds, logprobs=top
         )  # fmt: skip
@@ -205,9 +205,10 @@ class EmbeddedTeacher:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _top(positions: "list[TokenLogprobs]") -> TopLogprobs:
+def _top(positions: "list[TokenLogprobs]", chosen: list[int]) -> TopLogprobs:
     likeliest = [position.top for position in positions]
-    return TopLogprobs([[token for token, _ in top] for top in likeliest], [[lp for _, lp in top] for top in likeliest])
+    tokens = [[token for token, _ in top] for top in likeliest]
+    return TopLogprobs(tokens, [[logprob for _, logprob in top] for top in likeliest], chosen)
 
 
 def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
