@@ -3,9 +3,10 @@
     python -m tests.faults.server --log FILE --faults http_500,cut --share 0.3
 
 Runs as a process of its own, so that neither a kill of the client nor its load touches it. Which requests go wrong
-follows from the seed, the sample (its `seed` field, which no two samples share) and how often that was asked before:
-the same run meets the same faults. Each good answer carries "#sample/attempt#", so that a trace can be held against
-the log, a JSON line as a request comes and one as its answer has been handed over whole.
+follows from the seed, the sample (its `seed` field, which no two samples share) and how often that was asked before;
+what goes wrong is dealt like cards, so that all faults come up equally often. Each good answer carries
+"#name/sample/attempt#", so that a trace can be held against the log: a JSON line as a request comes, and one as its
+answer has been handed over whole.
 """
 
 import argparse
@@ -29,21 +30,20 @@ OUTCOMES = {  # faults that are an answer: recorded under this name, and not ask
     "content_filter": "content_filter", "content_filter_400": "content_filter", "refusal": "refusal",
     "empty": "empty", "overflow": "prompt_too_long", "invalid_utf8": "invalid_utf8", "length": "length",
 }  # fmt: skip
-HARMLESS = ("drip", "duplicated")  # odd, but the whole answer is there
+HARMLESS = ("drip",)  # odd, but the whole answer is there
 FAILURES = (
     "http_429", "http_429_seconds", "http_429_date", "http_500", "http_503", "hang", "hang_midway", "endless_drip",
     "cut", "reset", "bad_json", "wrong_model", "huge",
 )  # fmt: skip
+STREAMED_FAILURES = ("duplicated", "duplicated_end")  # of a reply in one piece there is nothing to send twice
 _MARKED = b"@BYTE@"
 
 
 class Request:
     """One request: its fields, and where its reply goes."""
 
-    def __init__(self, body: dict[str, Any], chat: bool, attempt: int, writer: asyncio.StreamWriter) -> None:
-        self.seed, self.stream, self.chat, self.attempt = body.get("seed"), bool(body.get("stream")), chat, attempt
-        self.writer = writer
-        self.prompt = body["messages"][-1]["content"] if chat else body["prompt"]
+    def __init__(self, body: dict[str, Any], chat: bool, mark: str, writer: asyncio.StreamWriter) -> None:
+        self.stream, self.chat, self.mark, self.writer = bool(body.get("stream")), chat, mark, writer
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -51,7 +51,7 @@ class Request:
 
     def answer(self) -> tuple[str, str]:
         """(reasoning, response): long enough to be cut in many places."""
-        reasoning = f"Let me think. #{self.seed}/{self.attempt}# " + "One and one is two, carry none. " * 20
+        reasoning = f"Let me think. #{self.mark}# " + "One and one is two, carry none. " * 20
         return reasoning.strip(), "The sum is 3 €.\n\n\\boxed{3}"
 
 
@@ -70,41 +70,51 @@ def _error(status: int, message: str, code: str | None = None, **headers: str) -
     return _head(status, body, **headers)
 
 
-def reply_bytes(request: Request, *, model: str = MODEL, finish: str = "stop", twice: bool = False, **message: Any):  # type: ignore[no-untyped-def]
-    """The whole reply as its header and the pieces that a server would send one after another."""
+def reply_bytes(
+    request: Request, *, model: str = MODEL, finish: str = "stop", twice: str | None = None, **message: Any
+) -> list[bytes]:
+    """The whole reply as its header and the pieces that a server would send one after another.
+
+    twice: "text" or "end", which of a stream's events are sent again.
+    """
     reasoning, response = request.answer()
     parts = {"reasoning_content": reasoning, "content": response, **message}
-    usage = {"prompt_tokens": 9, "completion_tokens": 150, "total_tokens": 159}
-    full = (
-        f"{parts['reasoning_content']}\n</think>\n\n{parts['content']}"
-        if parts["reasoning_content"]
-        else parts["content"]
-    )
-    head = {"id": f"r{request.attempt}", "created": 1, "model": model}
+    full = "\n</think>\n\n".join(text for name in ("reasoning_content", "content") if (text := parts[name]))
+    head = {"id": f"r{request.mark}", "created": 1, "model": model}
     if not request.stream:
         content = {"message": {"role": "assistant", **parts}} if request.chat else {"text": full}
-        choice = {"index": 0, **content, "finish_reason": finish}
-        return [
-            _head(200, json.dumps(head | {"choices": [choice], "usage": usage}).encode().replace(_MARKED, b"\xff\xfe"))
-        ]
+        choices = [{"index": 0, **content, "finish_reason": finish}]
+        return [_head(200, _encode(head | {"choices": choices, "usage": _usage(150)}))]
     deltas: list[dict[str, Any]] = []
     if request.chat:
-        deltas.append({"delta": {"role": "assistant", "content": ""}})
         for name in ("reasoning_content", "content", "refusal"):
-            text = parts.get(name) or ""
-            deltas += [{"delta": {name: text[i : i + 40]}} for i in range(0, len(text), 40)]
-        last: dict[str, Any] = {"delta": {}}
+            deltas += [{"delta": {name: piece}} for piece in _pieces(parts.get(name) or "")]
     else:
-        deltas += [{"text": full[i : i + 40]} for i in range(0, len(full), 40)]
-        last = {"text": ""}
-    events = [{"choices": [{"index": 0, **delta, "finish_reason": None}]} for delta in deltas]
-    end = [{"choices": [{"index": 0, **last, "finish_reason": finish}]}, {"choices": [], "usage": usage}]
-    lines = [b"data: " + json.dumps(head | event).encode().replace(_MARKED, b"\xff\xfe") + b"\n\n" for event in events]
-    ends = [b"data: " + json.dumps(head | event).encode() + b"\n\n" for event in end] + [b"data: [DONE]\n\n"]
-    lines += [line for line in ends for _ in range(1 + twice)]
+        deltas += [{"text": piece} for piece in _pieces(full)]
+    events = [_encode(head | {"choices": [{"index": 0, **delta, "finish_reason": None}]}) for delta in deltas]
+    last = {"delta": {}} if request.chat else {"text": ""}
+    end = [_encode(head | {"choices": [{"index": 0, **last, "finish_reason": finish}]})]
+    usage = _encode(head | {"choices": [], "usage": _usage(len(deltas))})  # as vLLM: a token an event
+    if twice == "text":
+        events[len(events) // 2 :] = [events[len(events) // 2], *events[len(events) // 2 :]]
+    elif twice == "end":
+        end *= 2
+    lines = [b"data: %b\n\n" % event for event in [*events, *end, usage, b"[DONE]"]]
     start = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
     start += f"date: {_date(0.0)}\r\n\r\n"
     return [start.encode(), *(b"%x\r\n%b\r\n" % (len(line), line) for line in lines), b"0\r\n\r\n"]
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode().replace(_MARKED, b"\xff\xfe")
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[i : i + 40] for i in range(0, len(text), 40)]
+
+
+def _usage(generated: int) -> dict[str, int]:
+    return {"prompt_tokens": 9, "completion_tokens": generated, "total_tokens": 9 + generated}
 
 
 async def good(request: Request) -> None:
@@ -145,7 +155,7 @@ async def endless_drip(request: Request) -> None:
 async def cut(request: Request) -> None:
     """The connection ends, orderly, where the answer does not."""
     data = b"".join(reply_bytes(request))
-    place = random.Random(f"{request.seed}/{request.attempt}").randrange(1, len(data) - 1)
+    place = random.Random(request.mark).randrange(1, len(data) - len(b"data: [DONE]") - 20)
     await request.send(data[:place])
     request.writer.close()
 
@@ -198,7 +208,8 @@ ANSWERS: dict[str, Callable[[Request], Awaitable[None]]] = {
     "bad_json": bad_json,
     "wrong_model": _reply(model="some-other-model"),
     "huge": huge,
-    "duplicated": _reply(twice=True),
+    "duplicated": _reply(twice="text"),
+    "duplicated_end": _reply(twice="end"),
     "invalid_utf8": _reply(content=f"The sum is {_MARKED.decode()} \\boxed{{3}}"),
     "empty": _reply(reasoning_content="", content=""),
     "content_filter": _reply(content="", finish="content_filter"),
@@ -217,17 +228,20 @@ class Server:
         self.faults = [name for name in options.faults.split(",") if name]
         unknown = set(self.faults) - ANSWERS.keys()
         assert not unknown, f"no such faults: {unknown}"
-        self.share, self.seed, self.latency = options.share, options.seed, options.latency
+        self.name, self.share, self.seed, self.latency = options.name, options.share, options.seed, options.latency
         self.asked: Counter[Any] = Counter()
         self._log = os.open(options.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._pauses = random.Random(options.seed)
+        self._deck: list[str] = []
 
     def log(self, **line: Any) -> None:
         os.write(self._log, json.dumps(line).encode() + b"\n")
 
-    def fault(self, request: Request) -> str | None:
-        draw = random.Random(f"{self.seed}/{request.seed}/{request.attempt}")
-        return draw.choice(self.faults) if self.faults and draw.random() < self.share else None
+    def fault(self, mark: str) -> str | None:
+        if not self.faults or random.Random(f"{self.seed}/{mark}").random() >= self.share:
+            return None
+        if not self._deck:
+            self._deck = random.sample(self.faults, len(self.faults))
+        return self._deck.pop()
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -248,13 +262,15 @@ class Server:
             writer.write(_head(200, json.dumps(models).encode()))
             return
         fields = json.loads(body)
-        attempt = self.asked[fields.get("seed")]
-        self.asked[fields.get("seed")] += 1
-        request = Request(fields, "/chat/" in path, attempt, writer)
-        fault = self.fault(request)
-        about = {"seed": request.seed, "attempt": attempt, "fault": fault, "prompt": request.prompt}
+        sample = fields.get("seed")
+        attempt = self.asked[sample]
+        self.asked[sample] += 1
+        mark = f"{self.name}/{sample}/{attempt}"
+        request = Request(fields, "/chat/" in path, mark, writer)
+        fault = self.fault(mark)
+        about = {"sample": sample, "mark": mark, "fault": fault}
         self.log(event="asked", time=time.time(), **about)
-        await asyncio.sleep(self.latency * self._pauses.uniform(0.5, 1.5))
+        await asyncio.sleep(self.latency * random.uniform(0.5, 1.5))
         await (ANSWERS[fault] if fault else good)(request)
         self.log(event="answered", time=time.time(), **about)
 
@@ -273,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", required=True)
+    parser.add_argument("--name", default="a", help="in the answers' marks, where there are several servers")
     parser.add_argument("--faults", default="", help=f"comma-separated, of: {', '.join(ANSWERS)}")
     parser.add_argument("--share", type=float, default=0.3, help="share of the requests that go wrong")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,116 @@
+"""kill -9 at random moments: nothing that was written is lost, nothing is there twice, no recorded answer asked again.
+
+Two hundred kills behind `slow`, and as many as KILLS says:
+
+    KILLS=1000 python -m pytest -m slow tests/faults/test_kill.py -s
+"""
+
+import json
+import os
+import random
+import time
+
+import psutil
+import pytest
+
+from tests.faults.running import FaultServer, Run, check_against_log, check_complete
+from tests.faults.server import FAILURES, OUTCOMES, STREAMED_FAILURES
+
+FAULTS = [name for name in (*FAILURES, *OUTCOMES, *STREAMED_FAILURES) if name != "huge"]
+
+
+def kill_again_and_again(zygote, folder, kills, lifetime, server, run, seed=0):
+    """Start and kill; returns how many of the kills met a run at work, and the lines there after each."""
+    pause = random.Random(seed)
+    before = b""
+    at_work = 0
+    for _ in range(kills):
+        recorded = {json.loads(line)["sampling"]["seed"] for line in before.split(b"\n")[:-1]}
+        log_size = server.log.stat().st_size if server.log.exists() else 0
+        command = zygote.start(run.argv())
+        time.sleep(pause.uniform(0, lifetime))
+        status = command.kill()
+        assert status == -9 or status == 0, command.said()
+        left = run.traces.read_bytes() if run.traces.exists() else b""
+        whole = left[: left.rfind(b"\n") + 1]
+        assert left.startswith(before), "a line that was written is gone or changed"
+        with open(server.log, "rb") as log:
+            log.seek(log_size)
+            asked = [json.loads(line)["sample"] for line in log.read().split(b"\n")[:-1]]
+        again = recorded.intersection(asked)
+        assert not again, f"{len(again)} samples with a recorded answer were asked again"
+        check_counted(run, whole.count(b"\n"))
+        at_work += status == -9 and whole != before
+        before = whole
+        if status == 0:
+            break
+    return at_work
+
+
+def check_counted(run, lines):
+    """What the accounts counted is on the disk."""
+    path = run.folder / "traces" / "accounts.json"
+    if path.exists():
+        parts = json.loads(path.read_text())["totals"]
+        assert sum(part["finished"] for part in finished_parts(parts)) <= lines
+
+
+def finished_parts(tree):
+    """The innermost mappings that count finished samples, however the accounts are laid out."""
+    if isinstance(tree, dict):
+        if "finished" in tree:
+            yield tree
+        else:
+            for part in tree.values():
+                yield from finished_parts(part)
+
+
+def finish(zygote, run, server, limit):
+    status, said = zygote.run(run.argv(), limit)
+    assert status == 0, said
+    rows = check_complete(run)
+    check_against_log(rows, run.events(), restarted=True)
+    return rows
+
+
+def no_orphans(home):
+    """No process still works for the killed ones: a grader, say."""
+    time.sleep(0.5)
+    here = str(home)
+    left = [p for p in psutil.process_iter(["cmdline"]) if any(here in part for part in p.info["cmdline"] or [])]
+    return [p.info["cmdline"] for p in left if "tests.faults.server" not in p.info["cmdline"]]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_kills_lose_nothing_and_repeat_nothing(stream, zygote, tmp_path):
+    with FaultServer(tmp_path / "log", ["cut", "http_500", "empty"], latency=0.02) as server:
+        run = Run(tmp_path, [server], problems=150, samples=4, concurrency=8, stream=stream)
+        at_work = kill_again_and_again(zygote, tmp_path, 5, 0.8, server, run, seed=stream)
+        assert at_work >= 2, "the kills came too early or too late"
+        finish(zygote, run, server, 60)
+        assert not no_orphans(tmp_path)
+
+
+def test_a_power_cut_may_leave_half_a_line_and_zeros(zygote, tmp_path):
+    with FaultServer(tmp_path / "log", latency=0.01) as server:
+        run = Run(tmp_path, [server], problems=40, samples=2, concurrency=8)
+        kill_again_and_again(zygote, tmp_path, 1, 0.6, server, run)
+        run.traces.parent.mkdir(parents=True, exist_ok=True)
+        with open(run.traces, "ab") as file:
+            file.write(b'{"id": "0123456789abcdef", "problem_id": "torn')
+            file.write(bytes(5000))
+        finish(zygote, run, server, 30)
+
+
+@pytest.mark.slow
+def test_two_hundred_kills(zygote, tmp_path):
+    kills = int(os.environ.get("KILLS", "200"))
+    with FaultServer(tmp_path / "log", FAULTS, latency=0.02) as server:
+        run = Run(tmp_path, [server], problems=15 * kills, samples=4, concurrency=16, attempts=20)
+        begun = time.monotonic()
+        at_work = kill_again_and_again(zygote, tmp_path, kills, 0.8, server, run)
+        torn = time.monotonic() - begun
+        rows = finish(zygote, run, server, 1200)
+        print(f"\n{kills} kills in {torn:.0f} s, {at_work} of them after new samples; {len(rows)} samples, each once")
+        assert at_work > kills / 3
+        assert not no_orphans(tmp_path)
