@@ -49,7 +49,6 @@ def _grouped_kernel(
     x_rows, w_rows, x_scales, x_scale_stride, w_scales, out, out_scales, out_scale_stride, start_E, count_E, E, N, K,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, SWIGLU: tl.constexpr,
     SWAP: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, INTERPRETED: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """N counts the columns of `out`: for SwiGLU a matrix has 2 N rows, gate's and then up's."""
     BLOCK: tl.constexpr = 128
@@ -87,7 +86,7 @@ def _grouped_kernel(
         else:
             a = tl.zeros([ROWS, COLUMNS], tl.float32)
             b = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for k in tl.range(0, k_tiles, warp_specialize=WARP_SPECIALIZE):
+        for k in tl.range(0, k_tiles):
             x = x_rows.load([start + row, k * BLOCK])
             w = w_rows.load([w_row, k * BLOCK])
             w_scale = tl.load(scale_at + k)
@@ -218,17 +217,24 @@ def _check_row_scales(name: str, scales: Tensor, rows: int, columns: int) -> Non
 
 def _launch(x: Fp8, w: Fp8, groups: Groups, out: Tensor, out_scales: Tensor | None, n: int, tile: Tile) -> None:
     rows, k = x.values.shape
+    if tile.columns not in (64, 128) or tile.halves not in (1, 2):
+        raise ValueError(f"tile is {tile}; taken: columns 64 or 128 (one scale a block) and halves 1 or 2")
     if rows == 0 or n == 0:
         return
     experts = w.values.shape[0]
     programs = _multiprocessors(out.device) * tile.resident
+    if tile.specialize:
+        from teacher.kernels import grouped_gemm_hopper
+
+        grouped_gemm_hopper.launch(x, w, groups, out, out_scales, n, tile, programs)
+        return
     _grouped_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.values, [tile.rows, 128]),
         TensorDescriptor.from_tensor(w.values.view(-1, k), [tile.columns, 128]),
         x.scales, x.scales.stride(1), w.scales, out, out_scales, 0 if out_scales is None else out_scales.stride(1),
         groups.start_E, groups.count_E, experts, n, k, EXPERTS=max(16, triton.next_power_of_2(experts)),
         ROWS=tile.rows, COLUMNS=tile.columns, HALVES=tile.halves, SWIGLU=out_scales is not None, SWAP=tile.swap,
-        GROUP=tile.group, PROGRAMS=programs, INTERPRETED=INTERPRETED, WARP_SPECIALIZE=tile.specialize,
+        GROUP=tile.group, PROGRAMS=programs, INTERPRETED=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
