@@ -24,12 +24,22 @@ _MIXED_SPACE = re.compile(r"(?<![\d.,/])(\d{1,50}) +(?=\d{1,50}/\d)")
 _THOUSANDS_SPACE = re.compile(r"(?<![\d.,/ ])\d{1,3}(?: \d{3})+(?![\d/ ]|,\d)")
 _LETTER = re.compile(r"(?:\(([A-Z])\)|([A-Z]))")
 _AMBIGUOUS = re.compile(r"\d,\d{3}(?!\d)")
+_NO_MATTER = re.compile(r"(?<!\d) +| +(?!\d)")  # a space between two digits is none of these: 2 1 is not 21
+_UNEQUAL = re.compile(r"\\neq?(?![A-Za-z])|\\not(?![A-Za-z])|≠|!=")
+_SIGNS = str.maketrans(
+    {
+        character: f"\\frac{{{top}}}{{{bottom}}}"
+        for character, top, bottom in zip("½⅓⅔¼¾⅕⅛", "1121311", "2334458", strict=True)
+    }
+    | {"²": "^2", "³": "^3", "\u2212": "-", "∅": "\\emptyset"}
+)
 
 
 def _spaced(answer: str) -> str:
     r"""The text with one kind of space, of fraction and of text wrapper, and thousands in one piece."""
-    text = _INVISIBLE.sub("", answer).replace("\u2212", "-").replace("{,}", ",").strip()
+    text = _INVISIBLE.sub("", answer).translate(_SIGNS).replace("{,}", ",").strip()
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac")
+    text = text.replace("\\varnothing", "\\emptyset")
     text = _TYPESETTING.sub(r"\1", text)
     if len(_DOLLAR.findall(text)) % 2 == 0:  # mathematics; a single one is money
         text = _DOLLAR.sub("", text).strip()
@@ -40,8 +50,8 @@ def _spaced(answer: str) -> str:
 
 
 def _compact(spaced: str) -> str:
-    """Without spaces; a comma with a space behind it becomes ';', as it separates a list and no thousands."""
-    return _LIST_COMMA.sub(";", spaced).replace(" ", "").rstrip(".")
+    """Without spaces but between digits; a comma and a space become ';', which separates a list and no thousands."""
+    return _NO_MATTER.sub("", _LIST_COMMA.sub(";", spaced)).rstrip(".")
 
 
 def normalise(answer: str) -> str:
@@ -64,11 +74,16 @@ def exactly_equal(answer: str, reference: str) -> bool | None:
     a, b = number(ours), number(theirs)
     if a is not None and b is not None:
         return same_number(a, b)
+    if b is not None and _UNEQUAL.search(ours):
+        return False  # x ≠ 5, of which math-verify reads the 5
     if a is None and b is None and ours and _same_text(ours, theirs):
         return True
-    if theirs.startswith("(") and (mine := _LETTER.fullmatch(ours)) and (letter := _LETTER.fullmatch(theirs)):
-        return (mine[1] or mine[2]) == letter[1]  # B against \text{(B)}
-    measured, measure = quantity(_units_kept(answer)), quantity(_units_kept(reference))
+    if theirs.startswith("(") and (stated := _LETTER.fullmatch(ours)) and (letter := _LETTER.fullmatch(theirs)):
+        return (stated[1] or stated[2]) == letter[1]  # B against \text{(B)}
+    mine, wanted = _units_kept(answer), _units_kept(reference)
+    measured, measure = quantity(mine), quantity(wanted)
+    if measured is None and measure is not None and measure.unit:
+        measured = quantity(mine, any_unit=True)
     if measured is not None and measure is not None:
         return same_quantity(measured, measure)
     if measured is not None or measure is not None:

@@ -19,6 +19,9 @@ _FRACTION = re.compile(
 _MIXED = re.compile(r"([+-]?)(\d{1,50})(?:\\frac\{(\d{1,50})\}\{(\d{1,50})\}|\\frac(\d)(\d)|_(\d{1,50})/(\d{1,50}))")
 _POWER = re.compile(r"(?:([+-]?[\d.,]{1,40})(?:\\times|\\cdot|×))?([+-]?)(\d{1,4})\^(?:\{([+-]?\d{1,2})\}|(\d))")
 
+# As programs print it. 2e-1 may be twice Euler's number less one, so a sign wants a decimal point.
+_SCIENTIFIC = re.compile(r"([+-]?\d{1,40}(?:\.\d{1,40})?)[eE](\d{1,2})|([+-]?\d{1,40}\.\d{1,40})[eE]([+-]\d{1,2})")
+
 _VARIABLE = re.compile(r"([A-Za-z](?:_\{?[A-Za-z0-9]\}?)?)=(?!.*=)")
 _MONEY = re.compile(r"^([+-]?)(?:\\\$|\$|€|£|\\pounds|USD)")
 _CENT = re.compile(r"(?:\\?%|\\text\{(?:\\?%|percent|percentpoints)\}|(?<=\d)percent)$", re.IGNORECASE)
@@ -51,7 +54,7 @@ _TABLE = {
 }  # fmt: skip
 _UNITS = {name: (kind, Fraction(size)) for kind, names in _TABLE.items() for name, size in names.items()}
 # Written without \text, a word is a unit only if it is one of these; anything else may be a product of variables.
-_WORDS = {n for n in _UNITS if len(n) > 2} | {
+_WORDS = {n for n in _UNITS if len(n) > 1} | {
     "apple", "mph", "degree", "unit", "student", "month", "year", "gallon", "acre", "coin", "mark", "square",
 }  # fmt: skip
 
@@ -66,7 +69,7 @@ class Quantity:
 
 
 def number(text: str) -> Fraction | None:
-    r"""The exact value of a normalised integer, decimal, fraction, mixed number, or m × 10^n; else None.
+    r"""The exact value of a normalised integer, decimal, fraction, mixed number, m × 10^n or 1e5; else None.
 
     Thousands commas are allowed. ``_`` joins the whole and the fraction of a mixed number written with a space.
     """
@@ -78,6 +81,8 @@ def number(text: str) -> Fraction | None:
             return None
         value = Fraction(int((whole.replace(",", "") + part) or "0"), 10 ** len(part))
         return -value if sign == "-" else value
+    if match := _SCIENTIFIC.fullmatch(text):
+        return Fraction(match[1] or match[3]) * Fraction(10) ** int(match[2] or match[4])
     if "/" not in text and "\\" not in text and "^" not in text:
         return None
     if match := _FRACTION.fullmatch(text):
@@ -118,8 +123,11 @@ def _unit_name(words: str) -> str | None:
     return words[:-1] if len(words) > 2 and words.endswith("s") and not words.endswith("ss") else words
 
 
-def quantity(text: str) -> Quantity | None:
-    r"""A normalised text (its \text wrappers kept, spaces only inside them) as a number with its unit, or None."""
+def quantity(text: str, any_unit: bool = False) -> Quantity | None:
+    r"""A normalised text (its \text wrappers kept, spaces only inside them) as a number with its unit, or None.
+
+    any_unit: a bare m or g is one too; for an answer to a reference with a unit.
+    """
     variable = ""
     if match := _VARIABLE.match(text):
         variable, text = match.group(1), text[match.end() :]
@@ -137,7 +145,7 @@ def quantity(text: str) -> Quantity | None:
         unit, text = name + (match.group(2) or ""), text[: match.start()]
     elif match := _BARE.search(text):
         name = _unit_name(match.group(1))
-        if name is None or (name not in _WORDS and not name.startswith("×")):
+        if name is None or (name not in (_UNITS if any_unit else _WORDS) and not name.startswith("×")):
             return None
         unit, text = name, text[: match.start()]
     value = number(text)

@@ -30,7 +30,7 @@ def _split(text: str) -> tuple[str, ...] | None:
     separator = ";" if ";" in text else ","
     if separator == "," and _AMBIGUOUS.search(text):
         return None
-    elements, depth, start = [], 0, 0
+    elements, depth, start, mixed = [], 0, 0, False
     for place, character in enumerate(text):
         if character in "([{":
             depth += 1
@@ -41,7 +41,11 @@ def _split(text: str) -> tuple[str, ...] | None:
         elif character == separator and not depth:
             elements.append(text[start:place])
             start = place + 1
+        elif character == "," and not depth:
+            mixed = True  # (1,2, 3): with a space after some commas only
     elements.append(text[start:])
+    if mixed and any("," in element and number(element) is None for element in elements):
+        return None
     whole = depth == 0 and len(elements) <= ELEMENTS and all(elements)
     return tuple(elements) if whole else None
 

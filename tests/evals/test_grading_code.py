@@ -100,6 +100,19 @@ def count(): yield from range(3)
 
 
 @isolated
+def test_a_program_does_not_bring_the_yardstick():
+    near = {"asserts": ["assert isclose(area(2), 12.566, rel_tol=1e-3)"]}
+    assert verdict("def isclose(*a, **k): return True\ndef area(r): return 0", near)[0] == "wrong"
+    assert verdict("from math import isclose, pi\ndef area(r): return pi * r * r", near)[0] == "correct"
+    counted = {"asserts": ["assert Counter(letters('aab')) == Counter({'a': 2, 'b': 1})"]}
+    assert verdict("def Counter(x): return 5\ndef letters(text): return []", counted)[0] == "wrong"
+    assert verdict("from collections import Counter\ndef letters(text): return list(text)", counted)[0] == "correct"
+    own = {"asserts": ["assert gcd(12, 18) == 6"]}
+    assert verdict("def gcd(a, b): return 6 if b else a", own)[0] == "correct"
+    assert verdict("def gcd(a, b): return 5", own)[0] == "wrong"
+
+
+@isolated
 @everywhere
 @pytest.mark.parametrize(
     ("name", "source"),
@@ -154,7 +167,7 @@ def seen():
 def find():
     for text in seen():
         at = text.find(MARK)
-        if at >= 0:
+        if at >= 0 and len(text) >= at + 12:  # not the mark itself
             return text[at:at + 12]
 """
     for tests in (

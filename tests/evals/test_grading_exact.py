@@ -126,6 +126,28 @@ def test_matrices_never_get_the_opposite_of_math_verify(answer, reference):
     assert exactly_equal(reference, reference) is True
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "equal"),
+    [
+        ("2 1", "21", None), (r"2\,1", "21", None), ("12 345", "12345", True), ("1 1/2", "3/2", True),
+        ("5 m", "5 cm", False), ("5 cm", "50 mm", True), ("0.05 m", "5 cm", True), ("5m", "5", None),
+        ("5 km", "5", True), ("(1,2, 3)", "(1, 2, 3)", True), ("(1,2, 1/3)", "(1, 2, 0.333333)", None),
+        ("(1, 2,000)", "(1, 2000)", True),
+        (r"\neq 5", "5", False), (r"x \ne 5", "5", False), ("≠5", "5", False), (r"x \neq 5", r"x \neq 5", True),
+        ("1e5", "100000", True), ("1E5", "100,000", True), ("1.5e-3", "0.0015", True), ("1e5", "10000", False),
+        ("2e-1", "0.2", None), ("2e+1", "20", None),
+        ("½", "0.5", True), ("1½", "3/2", True), ("5²", "25", True), ("5²", "52", False),
+        (r"\varnothing", r"\emptyset", True), ("∅", r"\emptyset", True),
+    ],
+)  # fmt: skip
+def test_what_one_may_write_to_be_taken_for_right(answer, reference, equal):
+    assert exactly_equal(answer, reference) is equal
+    assert equal is not None or grade(f"\\boxed{{{answer}}}", reference).verdict == VERDICTS.get(answer, "wrong")
+
+
+VERDICTS = {"5m": "correct", "(1,2, 1/3)": "correct"}  # metres, where no unit was asked for; a rounded third
+
+
 def test_separators_of_thousands_in_sequences_are_read_where_a_space_tells_them_apart():
     assert exactly_equal(r"\{0, 1\}", r"\{0, 1,000\}") is False
     assert exactly_equal(r"\{0, 1000\}", r"\{0, 1,000\}") is True

@@ -7,8 +7,10 @@ the program can neither read an expected value, nor end the tests, nor replace w
 
 import ast
 import builtins
+import collections
 import io
 import json
+import math
 import os
 import socket
 import sys
@@ -217,14 +219,19 @@ def _check(tests: dict[str, Any], control: socket.socket, peer: int) -> None:
     wire.Line(control).send([verdict, reason])
 
 
-def _names(code: list[str], program: dict[str, Any]) -> set[str]:
-    """What the tests take from the program: no module, and a built-in's name only if they ask for nothing else.
+def _names(code: list[str], program: dict[str, Any]) -> tuple[set[str], dict[str, Any]]:
+    """What the tests take from the program, and what from the library though the program has it too.
 
-    (A problem may ask for a function called `sum`; a program that defines `len` besides must not judge itself.)
+    No module, and the name of a built-in, or of something in `math` or `collections`, only if they ask for nothing
+    else. (A problem may ask for a function called `sum` or `gcd`; a program that defines `len` or `isclose` besides
+    must not judge itself.)
     """
     used = {n.id for test in code for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
-    plain = {name for name in program if not hasattr(builtins, name) and name not in _MODULES}
-    return plain if plain & used else plain | (used & program.keys() - _MODULES)
+    library = {n: v for m in (math, collections) for n, v in vars(m).items() if not n.startswith("_")}
+    plain = {n for n in program if not hasattr(builtins, n) and n not in _MODULES and n not in library}
+    if plain & used:
+        return plain, {name: library[name] for name in used & program.keys() & library.keys()}
+    return plain | (used & program.keys() - _MODULES), {}
 
 
 def _verdict(tests: dict[str, Any], line: wire.Line) -> tuple[str, str]:
@@ -253,7 +260,7 @@ def _verdict(tests: dict[str, Any], line: wire.Line) -> tuple[str, str]:
     if calls:
         return "correct", f"passed {len(calls)} tests"
     try:
-        taken = _names(tests["code"], program)
+        taken, helpers = _names(tests["code"], program)
     except (SyntaxError, ValueError) as error:
         return "unverifiable", f"a test is no Python: {_short(error)}"
     scope: dict[str, Any] = {"__name__": "tests"}
@@ -261,7 +268,7 @@ def _verdict(tests: dict[str, Any], line: wire.Line) -> tuple[str, str]:
         # A test may use what the program imports; the module comes from here, not from the program.
         if module in _MODULES and (name == module or name not in _MODULES):
             scope[name] = __import__(module)
-    scope |= {name: program[name] for name in taken}
+    scope |= {name: program[name] for name in taken} | helpers
     try:
         exec(compile(tests.get("setup", ""), "setup.py", "exec", dont_inherit=True), scope)
     except Exception as error:
