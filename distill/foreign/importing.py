@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from distill.progress import Progress
     from distill.runfolder import RunFolder
 
-VERSION = 1
+VERSION = 2
 _FLUSH_BYTES = 1 << 23
 _FLUSH_ROWS = 4096
 _PROBE = 1000  # rows of a source after which one that gave no trace is taken for a mistake in the recipe

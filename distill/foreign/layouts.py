@@ -117,9 +117,9 @@ LAYOUTS = (
         instruction=_BOXED,
         system=False,
     ),
-    Layout("messages", ("messages",), {"messages": "messages"}),
-    Layout("sharegpt", ("conversations",), {"messages": "conversations"}),
-    Layout("prompt-response", ("prompt", "response"), {"problem": "prompt", "text": "response"}),
+    Layout("messages", ("messages",), {"messages": "messages", "answer": "answer"}),
+    Layout("sharegpt", ("conversations",), {"messages": "conversations", "answer": "answer"}),
+    Layout("prompt-response", ("prompt", "response"), {"problem": "prompt", "text": "response", "answer": "answer"}),
 )  # fmt: skip
 _NONE = Layout("none", (), {})
 _OPTIONAL = frozenset(

@@ -50,6 +50,13 @@ def test_a_layout_is_read_by_its_name_and_by_its_looks(tmp_path, layout, named):
     assert trace["finish_reason"] == ("stop" if layout == "open-r1" else "unknown")
 
 
+@pytest.mark.parametrize("layout", ["messages", "sharegpt", "prompt-response"])
+def test_a_reference_in_answer_is_not_left_lying(tmp_path, layout):
+    source = write_rows(tmp_path / "data.jsonl", [ROWS[layout] | {"answer": "4"}])
+    _, [problem], _, _ = imported(tmp_path / "run", recipe_of(tmp_path, {"source": str(source)}))
+    assert (problem["answer"], problem["kind"]) == ("4", "math")
+
+
 def test_bespoke_stratos_is_openthoughts_layout(tmp_path):
     source = write_rows(tmp_path / "data.jsonl", [ROWS["openthoughts"]])
     recipe = recipe_of(tmp_path, {"source": str(source), "layout": "bespoke-stratos"})
