@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from distill.errors import UserError
+from distill.generation.totals import error_kind
 from distill.jsonl import read_jsonl
 from distill.visible import visible
 
@@ -29,6 +31,15 @@ Row = dict[str, Any]
 STATUSES = ("all", "accepted", "rejected")
 # Side by side needs this many columns; narrower terminals get the verdicts below the text.
 WIDE = 100
+
+_ENDINGS = {
+    "length": "cut off at the token limit",
+    "prompt_too_long": "it does not fit the context, so it was not sent",
+    "content_filter": "the server held the answer back",
+    "refusal": "the model refused to answer",
+    "empty": "nothing but white space came",
+    "invalid_utf8": "the bytes were no text",
+}
 
 
 @dataclass(frozen=True)
@@ -66,10 +77,13 @@ def run(
     choice = Choice(status, family, failed, problem, trace)
     items = chosen(folder, choice)
     first = next(items, None)
+    failed = failures(folder) if choice == Choice() else None
     if first is None:
-        print("no trace matches", file=sys.stderr)
+        print("\n".join(["no trace matches", *([failed] if failed else [])]), file=sys.stderr)
         return
     with _output() as (console, stream):
+        if failed:
+            stream.write(f"{failed}\n\n")
         for item in islice(chain([first], items), limit):
             # Captured and written here: when the reader goes away, rich would end the process with an error code.
             with console.capture() as captured:
@@ -128,6 +142,22 @@ def _fits(item: Item, choice: Choice) -> bool:
     )
 
 
+def failures(folder: Path) -> str | None:
+    """How many samples were given up, and why, in one line; None where none was."""
+    last = {row["id"]: error_kind(row["error"]) for row in _rows(folder / "traces" / "failures.jsonl")}
+    if not last:
+        return None
+    kinds = ", ".join(f"{visible(kind)} {count}" for kind, count in Counter(last.values()).most_common())
+    said = f"{len(last)} samples were" if len(last) > 1 else "1 sample was"
+    return f"{said} given up at some start ({kinds}); `distill traces` asks again for those still missing"
+
+
+def ending(trace: Row) -> str:
+    """How the trace ended, with what that means where the name alone does not say it."""
+    reason = visible(str(trace["finish_reason"]))
+    return f"ended by {reason}{f' ({_ENDINGS[reason]})' if reason in _ENDINGS else ''}"
+
+
 def judgement(item: Item) -> tuple[str, str]:
     """What became of the trace, and the style that says so."""
     if item.line is None:
@@ -150,9 +180,18 @@ def rendered(item: Item, console: "Console") -> "Iterator[RenderableType]":
     if console.is_terminal:
         yield Rule(style="dim")
     yield title
-    facts = f"problem {trace['problem_id']}  sample {trace['sample']}  ended by {trace['finish_reason']}"
     prompt, reasoning, answer = (trace[f"{part}_tokens"] for part in ("prompt", "reasoning", "answer"))
-    yield Text(visible(f"{facts}  {prompt} prompt, {reasoning} reasoning, {answer} answer tokens"), style="dim")
+    facts = f"  {prompt} prompt, {reasoning} reasoning, {answer} answer tokens"
+    if (attempts := trace.get("attempts", 1)) > 1:
+        facts += f"  {attempts} attempts"
+    if endpoint := trace.get("endpoint"):
+        facts += f"  from {endpoint}"
+    yield Text.assemble(
+        visible(f"problem {trace['problem_id']}  sample {trace['sample']}  "),
+        (ending(trace), "" if trace["finish_reason"] == "stop" else "yellow"),
+        visible(facts),
+        style="dim",
+    )
     texts = _texts(item)
     verdicts = _verdicts(item)
     if console.is_terminal and console.width >= WIDE:
@@ -173,7 +212,11 @@ def _texts(item: Item) -> "list[RenderableType]":
     trace = item.trace
     question = item.problem.get("problem") or trace["messages"][0]["content"]
     reference = item.problem.get("answer")
-    parts = [("problem", question), ("reasoning", trace["reasoning"]), ("answer", trace["response"] or "(none)")]
+    parts = [
+        ("problem", question),
+        ("reasoning", trace["reasoning"] or "(none)"),
+        ("answer", trace["response"] or "(none)"),
+    ]
     parts.append(("reference answer", "(none)" if reference is None else reference))
     lines: list[RenderableType] = []
     for name, text in parts:

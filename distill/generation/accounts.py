@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from distill.generation.live import Standing, lines
 from distill.generation.record import NAME, Record
 from distill.generation.throughput import Amount, Recent
-from distill.generation.totals import Totals
+from distill.generation.totals import Totals, error_kind
 from distill.records import EndpointState, Reply
 
 if TYPE_CHECKING:
@@ -174,11 +174,6 @@ class Accounts:
 
     def _save(self) -> None:
         self._record.save(self._path)
-
-
-def error_kind(error: str | None) -> str:
-    """'http_500' of 'http_500: upstream timed out'."""
-    return (error or "unknown").split(":")[0].strip() or "unknown"
 
 
 def gpus(teacher: "Teacher") -> float:

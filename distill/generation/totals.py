@@ -102,3 +102,8 @@ class Totals:
         for entry in saved:
             totals.parts[entry["endpoint"]] = Sums.from_json({k: v for k, v in entry.items() if k != "endpoint"})
         return totals
+
+
+def error_kind(error: str | None) -> str:
+    """'http_500' of 'http_500: upstream timed out'."""
+    return (error or "unknown").split(":")[0].strip() or "unknown"

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.generation.accounts import Accounts, error_kind, gpus
+from distill.generation.accounts import Accounts, gpus
 from distill.generation.live import Standing, host, lines, short
 from distill.generation.record import Record, merge_accounts
 from distill.generation.throughput import Amount, Recent, Throughput
-from distill.generation.totals import Totals
+from distill.generation.totals import Totals, error_kind
 from distill.progress import Progress
 from distill.recipe import Teacher
 from distill.records import EndpointState, Reply

@@ -114,3 +114,33 @@ def test_reader_that_closes_the_pipe_is_no_error(folder: Path) -> None:
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(30) == 0 and process.stderr.read() == b""
+
+
+def test_named_outcomes_and_failures_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "run", stages=("problems", "traces"))
+    path = folder / "traces" / "traces.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    row |= {
+        "finish_reason": "content_filter",
+        "reasoning": "",
+        "response": "",
+        "attempts": 3,
+        "endpoint": "http://a/v1",
+    }
+    odd = {**row, "id": "other", "finish_reason": "odd\x1b", "attempts": 1}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(odd) + "\n")
+    kinds = ["timeout: no byte", "http_500: \x1b[31m", "http_500: again", "timeout"]
+    lines = [json.dumps({"id": sample, "error": kind}) for sample, kind in zip("abbc", kinds, strict=True)]
+    (folder / "traces" / "failures.jsonl").write_text("".join(f"{line}\n" for line in lines) + '{"torn')
+    said = "3 samples were given up at some start (timeout 2, http_500 1)"
+    show.run(folder)
+    text = capsys.readouterr().out
+    assert text.startswith(said)
+    assert "ended by content_filter (the server held the answer back)" in text
+    assert "3 attempts  from http://a/v1" in text and "reasoning\n(none)\nanswer\n(none)" in text
+    assert "ended by odd" in text and "\x1b" not in text
+    show.run(folder, trace="other")
+    assert said not in capsys.readouterr().out
+    path.write_text("")
+    show.run(folder)
+    assert said in capsys.readouterr().err
