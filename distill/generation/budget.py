@@ -48,10 +48,10 @@ class Spending:
 
     def _fits(self, limit: float, spent: float, worst: float, in_flight: int) -> int:
         mean = spent / self._samples if self._samples else 0.0
-        if not in_flight and spent < limit and spent + mean <= limit:
-            return 1
         each = mean if self._samples >= max(_ENOUGH, in_flight) else max(mean, worst)
-        return int((limit - spent) / each) - in_flight if each else 1 << 30
+        fits = int((limit - spent) / each) - in_flight if each else 1 << 30
+        alone = not in_flight and spent < limit and spent + mean <= limit
+        return max(fits, int(alone))
 
     def said(self) -> str:
         """Which limit it was, for a person."""

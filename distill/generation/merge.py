@@ -49,6 +49,9 @@ def merge(out: Path, runs: Sequence[Path]) -> str:
     """
     if out.resolve() in [run.resolve() for run in runs]:
         raise UserError(f"{out}: cannot be filled from itself; name another folder first")
+    for source in runs:
+        if not (source / "traces" / "traces.jsonl").is_file():
+            raise UserError(f"{source}: has no traces/traces.jsonl; expected a run folder to merge from")
     recipe = _common_recipe([*([out] if (out / "recipe.yaml").is_file() else []), *runs])
     with RunFolder.open(out, recipe) as run:
         if run.shard is not None:
@@ -71,8 +74,6 @@ def _common_recipe(runs: Sequence[Path]) -> Recipe:
     first: tuple[Path, dict[str, Any]] | None = None
     recipe: Recipe | None = None
     for run in runs:
-        if not (run / "traces" / "traces.jsonl").is_file() and run is not runs[0]:
-            raise UserError(f"{run}: has no traces/traces.jsonl; expected a run folder to merge from")
         own = load_recipe(run)
         teacher = Manifest(run / "manifest.json").data.get("teacher", {}).get("id")
         problems = run / "problems.jsonl"

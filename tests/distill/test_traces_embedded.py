@@ -212,3 +212,34 @@ def test_the_whole_stage_with_a_real_engine_and_its_resume(folder, tmp_path):
     facts, again = generate()
     assert (facts["made"], facts["resumed"]) == (14, 10)
     assert {row["id"]: row["text"] for row in again} == {row["id"]: row["text"] for row in rows}
+
+
+def test_the_likeliest_tokens_come_with_the_reply_and_lie_beside_the_traces(folder, tmp_path):
+    from distill.generation.logprobs import LogprobsReader
+
+    teacher = load(folder, batch_size=2)
+    [greedy] = replies(teacher, [ask(temperature=0.0, max_tokens=9, logprobs=3)])
+    top = greedy.logprobs
+    assert [row[0] for row in top.tokens] == list(top.chosen), "greedily the likeliest is drawn"
+    assert all(len(row) == 3 and row == sorted(row, reverse=True) for row in top.logprobs)
+    assert len(top.chosen) == greedy.reasoning_tokens + greedy.answer_tokens
+    assert replies(teacher, [ask()])[0].logprobs is None
+    recipe = make_recipe(teacher={"model": str(folder)}, sampling={"max_tokens": 9, "logprobs": 2})
+    with open_run(tmp_path / "run", recipe) as run:
+        problems.run(recipe, run)
+        traces.run(recipe, run)
+    with LogprobsReader(tmp_path / "run") as reader:
+        assert len(reader) == 24
+        for line in (tmp_path / "run" / "traces" / "traces.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            assert row["sampling"]["logprobs"] == 2
+            assert reader.read(row["id"]).tokens_TK.shape == (row["reasoning_tokens"] + row["answer_tokens"], 2)
+
+
+def test_a_prompt_longer_than_all_before_it_is_answered_like_in_a_batch_of_its_own(folder):
+    """The cache is laid out for the first asks; what comes later may fill the context."""
+    short = [ask(f"{n}", f"s{n}", max_tokens=6, seed=n) for n in range(6)]
+    long = [ask("y" * 400 + str(n), f"l{n}", max_tokens=60, seed=n) for n in range(3)]
+    together = {reply.id: reply.text for reply in replies(load(folder, batch_size=3), [*short, *long])}
+    alone = {reply.id: reply.text for reply in replies(load(folder), long)}
+    assert len(together) == 9 and alone.items() <= together.items()
