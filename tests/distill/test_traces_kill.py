@@ -1,4 +1,4 @@
-"""kill -9 in the middle of the trace stage, again and again: the same set of traces in the end, none twice."""
+"""kill -9 and Ctrl-C in the middle of the trace stage, again and again: the same traces in the end, none twice."""
 
 import json
 import os
@@ -9,10 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from distill import problems
+from distill.errors import UserError
 from distill.traces import plan
 from tests.distill.small_run import make_recipe, open_run
 
+ADAPTIVE = {"samples": 2, "adaptive": {"most": 4}}
 # The child makes its traces with pauses, so that a kill at any moment meets it at work.
 CHILD = """
 import sys, time
@@ -22,24 +26,23 @@ from tests.distill.small_run import FakeTeacher, make_recipe, open_run
 
 def reply(ask):
     time.sleep(0.004)
-    return f"{ask.seed} " + "word " * 400 + "\\n</think>\\n\\n\\\\boxed{1}", "stop"
+    return f"{ask.seed} " + "word " * 400 + "\\n</think>\\n\\n\\\\boxed{no}", "stop"
 
-teacher = FakeTeacher(reply)
+teacher = FakeTeacher(reply, at_once=8)
 traces.identify_teacher = lambda settings: {"id": teacher.id}
 traces.open_teacher = lambda *_: teacher
-recipe = make_recipe(problems={"count": 40}, sampling={"samples": 3})
+recipe = make_recipe(problems={"count": 40}, sampling=eval(sys.argv[2]))
 with open_run(Path(sys.argv[1]), recipe) as run:
-    traces.run(recipe, run)
-    print("made", len(teacher.asked), flush=True)
+    print(traces.run(recipe, run)["made"], flush=True)
 """
 
 
-def start(folder):
+def start(folder, sampling):
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        [sys.executable, "-c", CHILD, str(folder), repr(sampling)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
 
@@ -47,36 +50,61 @@ def whole_lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_killed_runs_end_in_the_same_set_of_traces(tmp_path):
-    recipe = make_recipe(problems={"count": 40}, sampling={"samples": 3})
-    with open_run(tmp_path, recipe) as run:
+def begin(folder, sampling):
+    """Problems, and the ids of all samples that are wanted of them."""
+    recipe = make_recipe(problems={"count": 40}, sampling=sampling)
+    with open_run(folder, recipe) as run:
         problems.run(recipe, run)
-        wanted = {
-            ask.id
-            for _, _, ask in plan(recipe, problems.read_problems(run.path("problems.jsonl")), "fake@000000000000")
-        }
+        asked = problems.read_problems(run.path("problems.jsonl"))
+    return {ask.id for _, _, ask in plan(recipe, asked, "fake@000000000000")}
+
+
+def at_work(folder, sampling, more=5):
+    """A child that has added a few lines."""
+    path = folder / "traces" / "traces.jsonl"
+    before = whole_lines(path)
+    child = start(folder, sampling)
+    while whole_lines(path) <= before + more:
+        assert child.poll() is None, child.communicate()[1]
+        time.sleep(0.002)
+    return child
+
+
+@pytest.mark.parametrize("sampling", [{"samples": 3}, ADAPTIVE])
+def test_killed_runs_end_in_the_same_set_of_traces(tmp_path, sampling):
+    wanted = begin(tmp_path, sampling)
     path = tmp_path / "traces" / "traces.jsonl"
     pause = random.Random(0)
     survived = []
     for _ in range(3):
-        before = whole_lines(path)
-        child = start(tmp_path)
-        while whole_lines(path) <= before + 5 and child.poll() is None:
-            time.sleep(0.002)
+        child = at_work(tmp_path, sampling)
         time.sleep(pause.uniform(0, 0.05))
         child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.communicate()
         survived.append(path.read_bytes().rpartition(b"\n")[0].split(b"\n"))
     assert 0 < len(survived[0]) < len(survived[1]) < len(survived[2]) < len(wanted), "the kills came too late"
     # As a power cut leaves it, which a kill of the process alone does only by chance.
     with open(path, "ab") as file:
         file.write(b'{"id": "torn')
-    child = start(tmp_path)
-    output, _ = child.communicate(timeout=60)
-    assert child.returncode == 0
+    child = start(tmp_path, sampling)
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode == 0, errors
     found = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     assert sorted(row["id"] for row in found) == sorted(wanted)
-    assert output.split() == ["made", str(len(wanted) - len(survived[-1]))]
+    assert output.split() == [str(len(wanted) - len(survived[-1]))]
     final = path.read_bytes().split(b"\n")
     for kept in survived:
         assert final[: len(kept)] == kept
+
+
+def test_a_second_process_is_refused_and_ctrl_c_finishes_what_is_in_flight(tmp_path):
+    wanted = begin(tmp_path, {"samples": 3})
+    child = at_work(tmp_path, {"samples": 3})
+    with pytest.raises(UserError, match=rf"another process \(pid {child.pid}\) is using"):
+        open_run(tmp_path, make_recipe())
+    child.send_signal(signal.SIGINT)
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode == 0, errors
+    made = whole_lines(tmp_path / "traces" / "traces.jsonl")
+    assert output.split() == [str(made)] and made % 8 == 0 and 0 < made < len(wanted)
+    assert "samples in flight are finished and kept; Ctrl-C again stops at once" in errors
