@@ -211,8 +211,10 @@ class Stream:
 
 
 def _choice(answer: Answer, body: dict[str, Any], part: str) -> str | None:
-    """Add what a body, or an event, says to `answer`; `part` is where the text stands, "message" or "delta". Returns the text,
-    if there is any."""
+    """Add what a body, or an event, says to `answer`; `part` is where the text stands ("message" or "delta").
+
+    Returns the text, if there is any.
+    """
     if body.get("error") or body.get("object") == "error":
         raise by_event(body.get("error") or body)
     if isinstance(model := body.get("model"), str) and model:

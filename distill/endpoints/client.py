@@ -34,6 +34,7 @@ _BATCH = 64  # replies that are handed over without waiting for more
 _BATCH_SECONDS = 0.1
 _SWEEP_SECONDS = 0.1
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
+_HELD_SECONDS = 0.25
 _SHRINKS = 3  # times that max_tokens of one request is cut down to what fits
 _QUIET_SECONDS = 30.0  # between words about one endpoint
 
@@ -190,16 +191,17 @@ class _Work:
             self._finish(sample, endpoint, Reply(sample.ask.id, "", "content_filter", 0, 0, 0, 0.0))
         except Refused as error:
             self._refused(sample, endpoint, error)
-        finally:
-            endpoint.in_flight -= 1
-            now = clock()
-            if failure is not None and failure.overload:
-                endpoint.limit.rejected(now, endpoint.in_flight)
-            elif failure is None or failure.kind != "connect":
-                endpoint.limit.finished(now, endpoint.in_flight)
-            self._fill_soon()
+        if failure is not None and failure.overload:
+            # Its place stays empty for a moment, so that a server that is full is not asked again in the next.
+            await asyncio.sleep(random.uniform(0, _HELD_SECONDS))
+        endpoint.in_flight -= 1
+        if failure is not None and failure.overload:
+            endpoint.limit.rejected(clock(), endpoint.in_flight)
+        elif failure is None or failure.sent:
+            endpoint.limit.finished(clock(), endpoint.in_flight)
         if failure is not None:
             self._failed(sample, endpoint, failure)
+        self._fill_soon()
 
     async def _attempt(self, sample: _Sample, endpoint: Endpoint) -> None:
         ask, max_tokens = sample.ask, sample.ask.max_tokens

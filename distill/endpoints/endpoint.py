@@ -84,13 +84,15 @@ class Endpoint:
             connection = self._kept() or await self._connect()
             # A list, since the sink is chosen when the head is there.
             chosen: list[Whole | Stream] = []
+            start = clock()
 
-            def choose(head: Head, chosen: list[Whole | Stream] = chosen) -> Whole | Stream:
+            def choose(head: Head, chosen: list[Whole | Stream] = chosen, start: float = start) -> Whole | Stream:
+                if head.status == 200:
+                    self.limit.accepted(clock() - start)
                 events = head.status == 200 and head.headers.get(b"content-type", b"").startswith(b"text/event-stream")
                 chosen.append(Stream(most) if events else Whole(most if head.status == 200 else 1 << 18))
                 return chosen[-1]
 
-            start = clock()
             self._busy[connection] = (start, 0)
             try:
                 head = await connection.exchange(request, choose)
@@ -98,8 +100,7 @@ class Endpoint:
                 continue
             finally:
                 _, told = self._busy.pop(connection)
-                first = None if connection.first is None else connection.first - start
-                self.limit.flowed(connection.received - told, first)
+                self.limit.flowed(connection.received - told)
                 if connection.reusable:
                     self._free.append(connection)
                 else:

@@ -49,7 +49,6 @@ class Connection(asyncio.Protocol):
         self._reused = False
         self._broken = False  # a header that forbids reuse, or bytes that nobody asked for
         self.last = 0.0  # when something was received (or sent, before that), by the clock
-        self.first: float | None = None  # when the first byte of this exchange's body came
         self.received = 0  # bytes, in this exchange
 
     # What the owner calls.
@@ -58,7 +57,7 @@ class Connection(asyncio.Protocol):
         """Send a whole request; `choose` names the sink of the body once the head is there."""
         assert self._answer is None and self._transport is not None
         self._answer = asyncio.get_running_loop().create_future()
-        self._choose, self._sink, self._head, self.first = choose, None, None, None
+        self._choose, self._sink, self._head = choose, None, None
         self.last, self.received = self._clock(), 0
         self._transport.write(request)
         return self._answer
@@ -138,8 +137,6 @@ class Connection(asyncio.Protocol):
             data = data[end + 4 :]
             if head.status >= 200:
                 self._begin(head)
-        if self.first is None and data:
-            self.first = self.last
         if self._framing == "chunked":
             self._chunks(data)
         elif self._framing == "close":

@@ -16,9 +16,10 @@ back.
   take it back, and it rests. Out of the rest, after REST rounds (twice as many each time it was in vain), it tries a
   quarter more.
 - Resting: two rounds in a row with throughput down by a third, at the same limit, mean that latency has risen for
-  nothing: a fifth less is tried, and kept if it costs no more than its noise.
-- Overload (429, 503, a time out): the limit falls to 0.8 of what was in flight, once a round, and creeps up from there.
-  Where two such steps do not make the share of rejections smaller, load is not their cause, and that share is let be.
+  nothing: a fifth less is tried, and again, as long as it costs no more than the noise of the measurement.
+- Overload (429, 503, a time out): the limit falls to 0.8 of what was in flight, once a round, climbs back by a
+  twentieth a round to just below where it was, unmeasured, and creeps on until it meets overload again. Where two such
+  steps do not make the share of rejections smaller, load is not their cause, and that share is let be.
 """
 
 import math
@@ -31,6 +32,7 @@ _BLIND = 256  # requests that are sent before anything has come back at all
 _BLIND_SECONDS = 15.0  # between doublings up to that
 _FLOW_SECONDS = 2.0  # of a round of streamed replies
 _SHORTEST = 0.1  # seconds of a round
+_ENOUGH = 16  # answers that a share of rejections is taken of
 
 
 class Limit:
@@ -44,13 +46,14 @@ class Limit:
         self._base: tuple[float, float] | None = None  # limit and throughput before the latest growth
         self._shrunk: tuple[float, float] | None = None  # the same before a trial with less
         self._rate: float | None = None  # throughput while resting
+        self._ceiling: float | None = None  # where overload was met
         self._vain = 0  # rounds in a row without the effect that is looked for
         self._rest, self._rested = REST, 0
         self._settling = False
-        self._rejected_before: list[tuple[float, float]] = []  # limit and share, of the latest shrinking rounds
+        self._steps: list[tuple[float, float]] = []  # limit and share of rejections, where it shrank for them
         self._tolerated = 0.0  # share of rejections that load is not the cause of
+        self._accepted = self._rejected = 0  # since that share was last looked at
         self._first_byte = 0.0  # seconds until one, smoothed
-        self._answered = False
         self._begin(now, 0)
 
     @property
@@ -58,7 +61,7 @@ class Limit:
         return max(1, int(self._exact))
 
     def _begin(self, now: float, in_flight: int) -> None:
-        self._since, self._bytes, self._done, self._rejected = now, 0, 0, 0
+        self._since, self._bytes, self._done = now, 0, 0
         self._bound = in_flight >= self.value  # whether the limit held requests back
         self._due = max(1, in_flight)
 
@@ -72,51 +75,42 @@ class Limit:
         if in_flight >= self.value:
             self._bound = True
 
-    def flowed(self, size: int, first_byte: float | None = None) -> None:
-        """Bytes of a reply came; `first_byte`: these are its first, after so many seconds."""
+    def accepted(self, seconds: float) -> None:
+        """The first byte of a reply came, `seconds` after it was asked for."""
+        self._accepted += 1
+        self._first_byte += (seconds - self._first_byte) / (4 if self._first_byte else 1)
+
+    def flowed(self, size: int) -> None:
+        """Bytes of replies came."""
         self._bytes += size
-        if first_byte is not None:
-            self._first_byte += (first_byte - self._first_byte) / (4 if self._first_byte else 1)
 
     def finished(self, now: float, in_flight: int) -> None:
-        """A request was answered; `in_flight` without it."""
+        """A request was answered, or failed for a reason that is not load; `in_flight` without it."""
         self._done += 1
-        self._answered = True
         self.tick(now, in_flight)
 
     def rejected(self, now: float, in_flight: int) -> None:
         """A request met a server that has too much to do."""
+        self._done += 1
         self._rejected += 1
-        total = self._done + self._rejected
-        enough = self._rejected >= max(2, min(self.value, self._due) / 4) and now - self._since >= _SHORTEST
-        if enough and self._rejected > self._tolerated * total:
-            self._overloaded(now, in_flight)
-        else:
+        enough = self._rejected >= max(2, min(self.value, self._due) / 8) and now - self._since >= _SHORTEST
+        if not (enough and self._overload(now, in_flight)):
             self.tick(now, in_flight)
 
     def tick(self, now: float, in_flight: int) -> None:
         """Ends the round if it is time; called with each event and from time to time."""
         passed = now - self._since
-        if not self._answered and not self._bytes:
+        if not self._accepted and not self._bytes and not self._done:
             if passed >= _BLIND_SECONDS and self._bound and self._exact < _BLIND:
-                self._set(self._exact * 2, now, in_flight, settle=False)
+                self._set(self._exact * 2, now, in_flight)
             return
-        turned_over = self._done + self._rejected >= self._due
         flowed = self._streams and self._bytes and passed >= max(_FLOW_SECONDS, 3 * self._first_byte)
-        if passed >= _SHORTEST and (turned_over or flowed):
+        if passed >= _SHORTEST and (self._done >= self._due or flowed) and not self._overload(now, in_flight):
             self._round(now, in_flight)
 
     # What follows from it.
 
     def _round(self, now: float, in_flight: int) -> None:
-        rejected = self._rejected
-        total = self._done + rejected
-        if total and rejected > max(1, self._tolerated * total):
-            self._overloaded(now, in_flight)
-            return
-        if not rejected:
-            self._rejected_before.clear()
-            self._tolerated *= 0.9
         rate = self._bytes / (now - self._since)
         if self._settling or not self._bound:
             self._settling = False
@@ -127,41 +121,54 @@ class Limit:
             self._judge_more(rate, now, in_flight)
         elif self._growing:
             self._grow(rate, now, in_flight)
+        elif self._ceiling is not None and self._exact < self._recovered:
+            self._set(min(self._exact * 1.05, self._recovered), now, in_flight)
         else:
             self._resting(rate, now, in_flight)
+
+    @property
+    def _recovered(self) -> float:
+        assert self._ceiling is not None
+        return max(1.0, self._ceiling * 0.95 - 1)
 
     def _grow(self, rate: float, now: float, in_flight: int) -> None:
         if self._exact >= self.most:
             self._growing = False
             self._begin(now, in_flight)
             return
-        self._base, self._vain = (self._exact, rate), 0
+        self._base, self._vain, self._settling = (self._exact, rate), 0, True
         self._set(self._exact * self._factor, now, in_flight)
 
     def _judge_more(self, rate: float, now: float, in_flight: int) -> None:
         assert self._base is not None
         limit, before = self._base
-        doublings = math.log2(self._exact / limit) if self._exact > limit else 1.0
-        if rate >= before * GAIN**doublings:
+        if rate >= before * GAIN ** math.log2(self._exact / limit):
             self._base, self._rest = None, REST
-            self._growing = True
             self._grow(rate, now, in_flight)
         elif self._vain == 0:
             self._vain = 1
             self._begin(now, in_flight)
         else:
-            self._base, self._growing, self._factor = None, False, 1.25
-            self._rested, self._rate = 0, None
+            self._settle_down(1.25)
             self._set(limit, now, in_flight)
+
+    def _settle_down(self, factor: float) -> None:
+        """Rest; the next growth is by `factor`."""
+        self._base, self._shrunk, self._rate, self._growing = None, None, None, False
+        self._factor, self._vain, self._rested, self._settling = factor, 0, 0, True
 
     def _resting(self, rate: float, now: float, in_flight: int) -> None:
         self._rested += 1
         self._rate = rate if self._rate is None else max(rate, self._rate)
         self._vain = self._vain + 1 if rate < self._rate * 2 / 3 else 0
-        if self._vain >= 2 and self._exact > 1:
-            self._vain, self._rate = 0, None
-            self._shrunk = (self._exact, rate)
-            self._set(self._exact * 0.8, now, in_flight)
+        if self._vain >= 2:
+            self._try_less(rate, now, in_flight)
+        elif self._rested >= REST and self._ceiling is not None:
+            # The server itself says where it ends, so no throughput need show that there was room.
+            self._rested, self._rate = 0, None
+            if self._exact > 1.2 * self._ceiling:
+                self._ceiling = None
+            self._set(min(self.most, self._exact * 1.05), now, in_flight)
         elif self._rested >= self._rest and self._exact < self.most:
             self._rest = min(_MOST_REST, 2 * self._rest)
             self._growing = True
@@ -169,35 +176,47 @@ class Limit:
         else:
             self._begin(now, in_flight)
 
+    def _try_less(self, rate: float, now: float, in_flight: int) -> None:
+        self._settle_down(self._factor)
+        if self._exact > 1:
+            self._shrunk = (self._exact, rate)
+        self._set(self._exact * 0.8, now, in_flight)
+
     def _judge_less(self, rate: float, now: float, in_flight: int) -> None:
         assert self._shrunk is not None
         (limit, before), self._shrunk = self._shrunk, None
-        self._rested = 0
         if rate < before * 0.95:
             self._set(limit, now, in_flight)
         else:
-            self._begin(now, in_flight)
+            self._try_less(rate, now, in_flight)
 
-    def _overloaded(self, now: float, in_flight: int) -> None:
-        share = self._rejected / (self._done + self._rejected)
-        before = self._rejected_before
-        before.append((self._exact, share))
-        if len(before) >= 3 and share < 0.6 and all(share >= 0.7 * earlier for _, earlier in before[-3:]):
+    def _overload(self, now: float, in_flight: int) -> bool:
+        """Looks at the rejections, if there is enough to see; whether the limit was changed for them."""
+        rejected, total = self._rejected, self._accepted + self._rejected
+        if total < min(_ENOUGH, 2 * self.value):
+            return False
+        self._accepted = self._rejected = 0
+        if not rejected:
+            self._steps.clear()
+            self._tolerated *= 0.9
+        share = rejected / total
+        if rejected < 2 or share <= self._tolerated:
+            return False
+        self._steps = [*self._steps[-2:], (self._exact, share)]
+        limits, shares = zip(*self._steps, strict=True)
+        if len(shares) == 3 and max(shares) < 0.6 and shares[2] >= 0.7 * max(shares):
             self._tolerated = min(0.8, 1.5 * share + 0.05)
-            limit = before[-3][0]
-            before.clear()
-            self._growing, self._base, self._shrunk = True, None, None
-            self._set(limit, now, in_flight)
-            return
-        self._growing, self._base, self._shrunk, self._rate = True, None, None, None
-        self._factor = 1.05
-        met = min(self._exact, in_flight + 1.0)
-        self._set(met * 0.8, now, in_flight)
+            self._settle_down(2.0)
+            self._steps, self._ceiling, self._growing = [], None, True
+            self._set(limits[0], now, in_flight)
+            return True
+        self._settle_down(1.25)
+        self._ceiling = min(self._exact, in_flight + 1.0)
+        self._set(self._ceiling * 0.8, now, in_flight)
+        return True
 
-    def _set(self, limit: float, now: float, in_flight: int, settle: bool = True) -> None:
-        # At least one more where it grows, so that small limits move.
+    def _set(self, limit: float, now: float, in_flight: int) -> None:
         if limit > self._exact:
-            limit = max(limit, self._exact + 1)
+            limit = max(limit, self._exact + 1)  # so that small limits move
         self._exact = min(float(self.most), max(1.0, limit))
-        self._settling = settle
         self._begin(now, in_flight)

@@ -101,11 +101,14 @@ def _logprobs(parts: list[dict[str, Any]], most: int) -> TopLogprobs:
     """Of chat (`content[].top_logprobs[]`) and completions (`top_logprobs[]`, a mapping a position)."""
     tokens: list[list[int | str]] = []
     logprobs: list[list[float]] = []
+    chosen: list[int | str] = []
     try:
         for part in parts:
             if "top_logprobs" in part:
                 rows = [list((row or {}).items()) for row in part["top_logprobs"] or []]
+                chosen += map(str, part.get("tokens") or [])
             else:
+                chosen += [str(entry["token"]) for entry in (part.get("content") or [])]
                 rows = [
                     [(item["token"], item["logprob"]) for item in entry["top_logprobs"]]
                     for entry in (part.get("content") or [])
@@ -116,4 +119,4 @@ def _logprobs(parts: list[dict[str, Any]], most: int) -> TopLogprobs:
                 logprobs.append([logprob for _, logprob in likeliest])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Failure("bad_json", f"logprobs in an unknown form ({error})") from None
-    return TopLogprobs(tokens, logprobs)
+    return TopLogprobs(tokens, logprobs, chosen if len(chosen) == len(tokens) else ())
