@@ -59,6 +59,7 @@ class Accounts:
         self._progress = run.progress("traces", wanted, "traces", done=done)
         self._wanted, self._done = wanted, done
         self._unshown = 0
+        self._now = time.monotonic()
 
     def __enter__(self) -> "Accounts":
         self._record.starts += self._wanted > self._done
@@ -76,8 +77,12 @@ class Accounts:
             self._show()
         finally:
             self._progress.__exit__(kind, error, trace)
-        if kind is None or not issubclass(kind, OSError):  # a full disk is told of once
-            self._save()
+        if self._record.starts:
+            try:
+                self._save()
+            except OSError:
+                if kind is None:  # else the error under way says what there is to say, of a full disk maybe
+                    raise
 
     def add(self, replies: Iterable[Reply]) -> None:
         """Count replies that are on the disk, those that `failed` too."""

@@ -36,6 +36,14 @@ class Throughput:
         pairs = [self.amounts[i : i + 2] for i in range(0, len(self.amounts), 2)]
         self.amounts = [_sum(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
 
+    def thinned(self, most: int) -> "Throughput":
+        """A copy in at most so many steps."""
+        copy = Throughput()
+        copy.step, copy.amounts = self.step, list(self.amounts)
+        while len(copy.amounts) > most:
+            copy.coarsen()
+        return copy
+
     def add(self, other: "Throughput") -> None:
         """Another process's, as if both had begun at once."""
         while self.step < other.step:

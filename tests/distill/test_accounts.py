@@ -103,6 +103,15 @@ def test_throughput_keeps_its_sum_in_a_bounded_number_of_steps(counts):
     assert Throughput.from_json(json.loads(json.dumps(throughput.to_json()))).amounts == throughput.amounts
 
 
+def test_a_thinned_throughput_keeps_its_sum_and_leaves_the_other_alone():
+    throughput = Throughput()
+    for second in range(101):
+        throughput.count(second, Amount(1, 2, 3))
+    thin = throughput.thinned(60)
+    assert (thin.step, len(thin.amounts), thin.amounts[0], thin.amounts[-1]) == (2, 51, (2, 4, 6), (1, 2, 3))
+    assert len(throughput.amounts) == 101 and throughput.thinned(101).amounts == throughput.amounts
+
+
 def test_throughput_of_two_shards_is_laid_over_each_other():
     one, other = Throughput(), Throughput()
     one.count(3, Amount(5, 0, 0))
@@ -176,11 +185,28 @@ def test_a_kill_loses_the_last_seconds_only(tmp_path, clock):
     assert (tmp_path / "traces" / "accounts.json").stat().st_size < 5000
 
 
+def test_an_error_under_way_is_the_one_told_and_accounts_are_kept_where_they_can_be(tmp_path, monkeypatch):
+    with pytest.raises(ConnectionError), Accounts(Run(tmp_path), 5, 0) as accounts:
+        accounts.add([reply("a")])
+        raise ConnectionError("no endpoint is up")
+    assert Record.load(tmp_path / "traces" / "accounts.json").totals.all().finished == 1
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Record, "save", full)
+    with pytest.raises(ConnectionError), Accounts(Run(tmp_path), 5, 0):
+        raise ConnectionError
+    with pytest.raises(OSError, match="No space"), Accounts(Run(tmp_path), 5, 0):
+        pass
+
+
 def test_a_restart_with_nothing_to_do_is_no_start(tmp_path, clock):
     with Accounts(Run(tmp_path), 5, 5) as accounts:
         clock.now += 1
     facts = accounts.facts()
     assert (facts["starts"], facts["wall_seconds"], facts["gpu_hours"], facts["per_finished"]) == (0, None, None, None)
+    assert not (tmp_path / "traces").exists()
 
 
 def test_accounts_of_another_kind_are_refused_by_name(tmp_path):
