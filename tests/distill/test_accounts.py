@@ -186,17 +186,21 @@ def test_a_kill_loses_the_last_seconds_only(tmp_path, clock):
 
 
 def test_an_error_under_way_is_the_one_told_and_accounts_are_kept_where_they_can_be(tmp_path, monkeypatch):
-    with pytest.raises(ConnectionError), Accounts(Run(tmp_path), 5, 0) as accounts:
-        accounts.add([reply("a")])
-        raise ConnectionError("no endpoint is up")
+    def go_away():
+        with Accounts(Run(tmp_path), 5, 0) as accounts:
+            accounts.add([reply("a")])
+            raise ConnectionError("no endpoint is up")
+
+    with pytest.raises(ConnectionError):
+        go_away()
     assert Record.load(tmp_path / "traces" / "accounts.json").totals.all().finished == 1
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Record, "save", full)
-    with pytest.raises(ConnectionError), Accounts(Run(tmp_path), 5, 0):
-        raise ConnectionError
+    with pytest.raises(ConnectionError):
+        go_away()
     with pytest.raises(OSError, match="No space"), Accounts(Run(tmp_path), 5, 0):
         pass
 
