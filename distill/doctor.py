@@ -128,6 +128,20 @@ def embedded_state(machine: Machine) -> str:
     return "ready" if missing is None else f"ready, on CPUs in torch alone (slower): {missing}"
 
 
+def kernels_state(machine: Machine) -> str:
+    """Whether the engine decodes by Triton's kernels on the GPU, or in torch, and why."""
+    if not machine.torch_threads:
+        return "torch does not load"
+    if not machine.gpus:
+        return "not used: they want a CUDA GPU"
+    import torch
+
+    from teacher.kernels.arguments import obstacle
+
+    missing = obstacle(torch.device("cuda", 0))
+    return "ready" if missing is None else f"not used, torch instead: {missing}"
+
+
 def sandbox_state() -> str:
     """What shuts in the programs that models write, tried out with an empty one."""
     from evals.grading.sandbox import NoIsolation, choose
@@ -168,6 +182,7 @@ def _engine_table(machine: Machine) -> Table:
     table.add_row("embedded", escape(embedded_state(machine)))
     table.add_row("vLLM", vllm_version() or "not installed")
     table.add_row("triton", installed_version("triton") or "not installed")
+    table.add_row("kernels in Triton", escape(kernels_state(machine)))
     table.add_row("sandbox for programs", escape(sandbox_state()))
     return table
 

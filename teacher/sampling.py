@@ -52,13 +52,28 @@ def sample(logits_BV: Tensor, settings: Settings, counter_B: Tensor) -> Tensor:
     top-p the smallest set of the likeliest whose share of what the others left reaches it. The token is the one in
     whose share of the cumulative probability, by descending probability, the draw falls.
     """
+    if not bool((settings.temperature_B > 0).any()):
+        return logits_BV.argmax(-1)
+    drawn_B, sure_B = sample_likely(logits_BV, settings, counter_B)
+    if bool(sure_B.all()):
+        return drawn_B
+    ranked_BV, tokens_BV = _probabilities(logits_BV, settings).sort(dim=-1, descending=True, stable=True)
+    return _draw(ranked_BV, tokens_BV, logits_BV, settings, counter_B)
+
+
+def sample_likely(logits_BV: Tensor, settings: Settings, counter_B: Tensor) -> tuple[Tensor, Tensor]:
+    """`sample` from the likeliest tokens alone, and where these are enough to be sure (bool, (B,)).
+
+    Asks the host for nothing, so a CUDA graph can hold it.
+    """
+    sorted_BK, tokens_BK, sure_B = _most_likely(logits_BV, settings)
+    return _draw(sorted_BK, tokens_BK, logits_BV, settings, counter_B), sure_B
+
+
+def _draw(sorted_BK: Tensor, tokens_BK: Tensor, logits_BV: Tensor, settings: Settings, counter_B: Tensor) -> Tensor:
+    """One of the candidates, which come by descending probability; at temperature 0 the likeliest token."""
     temperature_B, top_p_B, top_k_B, min_p_B, seed_B = settings
-    greedy_B = logits_BV.argmax(-1)
-    if not bool((temperature_B > 0).any()):
-        return greedy_B
-    probs_BV = (logits_BV.float() / temperature_B.clamp_min(1e-6).unsqueeze(-1)).softmax(-1)
-    sorted_BK, tokens_BK = _most_likely(probs_BV, settings)
-    rank_K = torch.arange(sorted_BK.shape[-1], device=logits_BV.device)
+    rank_K = torch.arange(sorted_BK.shape[-1], device=sorted_BK.device)
     kept_BK = (rank_K < top_k_B.unsqueeze(-1)) | (top_k_B.unsqueeze(-1) == 0)
     kept_BK &= sorted_BK >= min_p_B.unsqueeze(-1) * sorted_BK[:, :1]
     # Without top-k and min-p all of the probability is left, even where only the likeliest tokens are at hand.
@@ -72,18 +87,21 @@ def sample(logits_BV: Tensor, settings: Settings, counter_B: Tensor) -> Tensor:
     chosen_B1 = torch.searchsorted(cumulative_BK, draw_B1, right=True)
     chosen_B1 = torch.minimum(chosen_B1, kept_BK.sum(-1, keepdim=True) - 1)
     sampled_B = tokens_BK.gather(-1, chosen_B1).squeeze(-1)
-    return torch.where(temperature_B > 0, sampled_B, greedy_B)
+    return torch.where(temperature_B > 0, sampled_B, logits_BV.argmax(-1))
 
 
-def _most_likely(probs_BV: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Probabilities, descending, with their tokens: as many as every row's limits can reach, else all."""
-    if probs_BV.shape[-1] > 2 * _CANDIDATES:
-        # A partial sort is a third of a full one at 300 tokens, a twentieth at 32,000.
-        sorted_BK, tokens_BK = probs_BV.topk(_CANDIDATES, dim=-1)
-        enough_B = (settings.top_k_B > 0) & (settings.top_k_B <= _CANDIDATES)
-        enough_B |= (settings.top_k_B == 0) & (settings.min_p_B == 0) & (sorted_BK.sum(-1) > settings.top_p_B)
-        enough_B |= sorted_BK[:, -1] < settings.min_p_B * sorted_BK[:, 0]
-        enough_B |= settings.temperature_B <= 0
-        if bool(enough_B.all()):
-            return sorted_BK, tokens_BK
-    return probs_BV.sort(dim=-1, descending=True, stable=True)
+def _probabilities(logits_BV: Tensor, settings: Settings) -> Tensor:
+    return (logits_BV.float() / settings.temperature_B.clamp_min(1e-6).unsqueeze(-1)).softmax(-1)
+
+
+def _most_likely(logits_BV: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest probabilities, descending, their tokens, and in which rows no limit can reach further."""
+    probs_BV = _probabilities(logits_BV, settings)
+    if probs_BV.shape[-1] <= 2 * _CANDIDATES:
+        return *probs_BV.sort(dim=-1, descending=True, stable=True), torch.ones_like(settings.seed_B, dtype=torch.bool)
+    # A partial sort is a third of a full one at 300 tokens, a twentieth at 32,000.
+    sorted_BK, tokens_BK = probs_BV.topk(_CANDIDATES, dim=-1)
+    enough_B = (settings.top_k_B > 0) & (settings.top_k_B <= _CANDIDATES)
+    enough_B |= (settings.top_k_B == 0) & (settings.min_p_B == 0) & (sorted_BK.sum(-1) > settings.top_p_B)
+    enough_B |= sorted_BK[:, -1] < settings.min_p_B * sorted_BK[:, 0]
+    return sorted_BK, tokens_BK, enough_B | (settings.temperature_B <= 0)

@@ -1,6 +1,6 @@
 """Attention of newly decoded tokens over the paged latent cache, in the absorbed form of DeepSeek-V2 section 2.1.2.
 
-Every head reads the same entry, a latent of R values and a rotary key of D: a score is q_latent · latent + q_rope · key,
+Every head reads the same entry, a latent of R values and a rotary key of D: a score is q_latent·latent + q_rope·key,
 and what is attended to is the latent again. The keys of a sequence are split over programs, whose parts a second kernel
 merges by their log-sum-exp (flash decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Whatever the
 values of a launch, it asks the host for nothing: lengths stay on the device, so a CUDA graph can hold it.

@@ -1,11 +1,13 @@
-"""The engine on a GPU: tokens/s against concurrency, by CUDA graphs and operator by operator, with and without MTP.
+"""The engine on a GPU: tokens/s against concurrency; by CUDA graphs or not, MLA decode by the kernel or in torch, MTP.
 
     python -m tests.bench.engine_gpu --json engine_gpu.json [--quick]
 
 Two models: tiny-r1, and a model of DeepSeek-V2-Lite's shape (15.7B parameters, 2.7B activated; random weights, with
 the output layer scaled up so that its distributions are as peaked as a trained model's). tiny-r1 gets problems that it
-knows and stops when it is done, the other one 128 random tokens, and writes 128; temperature 0.6, top-p 0.95. What is
-told is new tokens a second of the whole call, prefill included, the best of the rounds after one that is not counted.
+knows and stops when it is done, the other one 128 random tokens, and writes 128; temperature 0.6, top-p 0.95. In the
+rows of 3,968 prompt tokens all requests have the same prompt, computed once: what is told there is decoding over it.
+What is told is new tokens a second of the whole call, prefill included, the best of the rounds after one that is not
+counted.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from teacher.engine import Engine
 from teacher.model import DeepseekV3
 from teacher.requests import Request
 
-PROMPT, NEW = 128, 128
+PROMPT, NEW, LONG = 128, 128, 3968
+
+
+FORMS = ((False, False), (True, False), (True, True))  # (by graphs, by the kernel)
 
 
 def lite() -> DeepseekV3:
@@ -56,14 +61,15 @@ def requests(count: int, vocabulary: int, length: int, prompts: list[list[int]] 
     return [
         Request(
             str(number), prompts[number] if prompts else [rng.randrange(vocabulary) for _ in range(PROMPT)],
-            max_tokens=length, seed=number, stop_ids=None if prompts else [],
+            max_tokens=length, seed=number, stop_ids=None if prompts and len(prompts[0]) < LONG else [],
         )
         for number in range(count)
     ]  # fmt: skip
 
 
 def speed(model: DeepseekV3, count: int, rounds: int, prompts: list[list[int]] | None, **settings: Any) -> Any:
-    engine = Engine(model, None, count, 512, cache_tokens=count * 512, **settings)
+    length = max(512, len(prompts[0]) + NEW if prompts else 0)
+    engine = Engine(model, None, count, length, cache_tokens=count * length, **settings)
     found = []
     for _ in range(1 + rounds):
         started = time.perf_counter()
@@ -72,7 +78,7 @@ def speed(model: DeepseekV3, count: int, rounds: int, prompts: list[list[int]] |
         found.append(made / (time.perf_counter() - started))
     stats = engine.stats()
     accepted = round(stats.accepted / stats.drafted, 4) if stats.drafted else None
-    return {"tokens_per_second": round(max(found[1:])), "accepted": accepted}
+    return {"tokens_per_second": round(max(found[1:])), "accepted": accepted, "runs_in": engine.runs_in}
 
 
 def real_prompts(count: int) -> list[list[int]]:
@@ -97,8 +103,12 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--json", type=Path)
     options.add_argument("--quick", action="store_true")
+    options.add_argument("--commit", help="name of the code under test, where git does not know it")
+    options.add_argument("--only", choices=("tiny", "lite"))
     chosen = options.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = chosen.commit
+    if commit is None:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.strip()
@@ -114,18 +124,26 @@ def main() -> None:
             chosen.json.write_text(json.dumps(found, indent=1))
 
     prompts = real_prompts(256)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16") if chosen.only != "lite" else ():
         tiny = load_model("teacher/models/tiny-r1", dtype=dtype, device="cuda")
         for count in (1, 16, 256) if chosen.quick else (1, 4, 16, 64, 256):
-            for graphs in (False, True) if dtype == "bfloat16" else (False,):
-                measure(f"tiny-r1 {dtype}", tiny, count, prompts, graphs=graphs)
+            for graphs, kernels in FORMS if dtype == "bfloat16" else FORMS[:1]:
+                measure(f"tiny-r1 {dtype}", tiny, count, prompts, graphs=graphs, kernels=kernels)
                 if count == 1:
-                    measure(f"tiny-r1 {dtype}", tiny, count, prompts, graphs=graphs, speculate=4)
+                    measure(f"tiny-r1 {dtype}", tiny, count, prompts, graphs=graphs, kernels=kernels, speculate=4)
+    if chosen.only == "tiny":
+        return
     model = lite()
     found["lite_parameters"] = sum(parameter.numel() for parameter in model.parameters())
     for count in (1, 64) if chosen.quick else (1, 4, 16, 64, 256):
-        for graphs in (False, True):
-            measure("V2-Lite shape bfloat16", model, count, None, graphs=graphs)
+        for graphs, kernels in FORMS:
+            measure("V2-Lite shape bfloat16", model, count, None, graphs=graphs, kernels=kernels)
+    rng = random.Random(0)
+    stem = [rng.randrange(400) for _ in range(LONG)]
+    for count in (64,) if chosen.quick else (1, 16, 64):
+        for kernels, cache_dtype in ((False, "model"), (True, "model"), (True, "fp8")):
+            name = f"V2-Lite shape bfloat16, prompt of {LONG}"
+            measure(name, model, count, [stem] * count, kernels=kernels, cache_dtype=cache_dtype)
     found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))

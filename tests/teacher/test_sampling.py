@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from teacher.sampling import Settings, sample, uniform
+from teacher.sampling import Settings, sample, sample_likely, uniform
 
 
 def draw(logits_BV, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, first_seed=0):
@@ -107,3 +107,18 @@ def test_impossible_tokens_are_never_drawn():
     logits_BV[:, 17] = 0.0
     logits_BV[:, 90] = -1.0
     assert set(draw(logits_BV).tolist()) == {17, 90}
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])
+def test_what_the_likeliest_tokens_settle_is_what_all_settle(spread, top_k):
+    logits_BV = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)) * spread
+    temperature_B = torch.tensor([0.0, 0.6, 1.0, 1.5]).repeat(16)
+    settings = Settings(
+        temperature_B, torch.full((64,), 0.95), torch.full((64,), top_k), torch.zeros(64), torch.arange(64)
+    )
+    drawn_B, sure_B = sample_likely(logits_BV, settings, torch.zeros(64, dtype=torch.long))
+    expected_B = sample(logits_BV, settings, torch.zeros(64, dtype=torch.long))
+    assert torch.equal(drawn_B[sure_B], expected_B[sure_B])
+    assert sure_B[temperature_B == 0].all()
+    assert sure_B.all() == (top_k > 0 or spread > 3)  # flat distributions reach past 64 tokens
