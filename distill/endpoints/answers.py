@@ -153,6 +153,7 @@ class Stream:
         self._repeats += sum(map(eq, found, [self._latest, *found]))
         self._latest = found[-1]
         self._fast += len(found)
+        self._ids_agree = True  # the identity is part of what they have in common
         return at + len(before) + sum(map(len, texts)) + (len(texts) - 1) * len(between) + len(after) + 2
 
     def _line(self, block: bytes, at: int) -> int:

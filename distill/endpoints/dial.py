@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import contextlib
+import errno
+import os
 import socket
 import ssl
 import urllib.request
@@ -17,6 +19,8 @@ from distill.endpoints.http import Connection
 from distill.errors import UserError
 
 _CONNECT_SECONDS = 30.0
+# This machine has no more files or ports: no fault of the server's.
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,10 @@ class Address:
             raise Failure("connect", f"no connection within {_CONNECT_SECONDS:.0f} s", sent=False) from None
         except OSError as error:  # ssl.SSLError is one
             reason = getattr(error, "verify_message", "") or error.strerror or str(error) or type(error).__name__
+            if isinstance(error, ConnectionError) and error.errno:
+                reason = os.strerror(error.errno).lower()  # asyncio's own words do not say why
+            if error.errno in _OURS:
+                raise Failure("local", reason, sent=False, overload=True) from None
             raise Failure("connect", reason, sent=False) from None
 
     async def _open(self, clock: Callable[[], float]) -> Connection:

@@ -173,12 +173,15 @@ class Source:
 
     def __init__(self, asks: Iterable[Ask]) -> None:
         self.left = list(asks)
-        self.closed = not self.left
+        self.more = False  # whether others may come later
 
     def take(self, most: int) -> list[Ask]:
         taken, self.left = self.left[:most], self.left[most:]
-        self.closed = not self.left
         return taken
+
+    @property
+    def closed(self) -> bool:
+        return not self.left and not self.more
 
 
 def ask(number: int = 0, **more: Any) -> Ask:
