@@ -43,7 +43,7 @@ class Record:
             return cls()
         try:
             saved = json.loads(path.read_bytes())
-            if saved.pop("version") != _VERSION:
+            if saved.pop("version") != _VERSION or len(bytes.fromhex(saved["origin"])) != 8:  # it names a file
                 raise ValueError
             saved["totals"] = Totals.from_json(saved["totals"])
             saved["throughput"] = Throughput.from_json(saved["throughput"])

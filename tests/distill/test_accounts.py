@@ -222,6 +222,14 @@ def test_accounts_of_another_kind_are_refused_by_name(tmp_path):
             Accounts(Run(tmp_path), 5, 0)
 
 
+def test_an_origin_that_would_name_another_file_is_refused(tmp_path):
+    path = tmp_path / "traces" / "accounts.json"
+    Record().save(path)
+    path.write_text(path.read_text().replace(Record.load(path).origin, "../../../../out"))
+    with pytest.raises(UserError, match=r"accounts.json: not the accounts"):
+        merge_accounts(path.parent, tmp_path)
+
+
 def test_accounts_of_merged_shards_add_up_however_often_they_are_merged(tmp_path, clock):
     out = Run(tmp_path / "out")
     for shard in ("a", "b", "out"):
