@@ -1,9 +1,9 @@
 r"""agreement: without a reference answer, what most samples of a problem found is taken for right.
 
 Self-consistency (Wang et al., arXiv 2203.11171) as a filter. Answers are compared as evals.grading normalises them
-(typesetting, blanks, the value of plain numbers); two that only computer algebra could equate count as different, so
-that agreement is understated and never invented. Samples that were cut off or failed a filter before do not vote.
-Problems with a reference pass: `correctness` judges them.
+(typesetting, blanks, the value of numbers, whose unit some samples name and others leave out); two that only computer
+algebra could equate count as different, so that agreement is understated and never invented. Samples that were cut off
+or failed a filter before do not vote. Problems with a reference pass: `correctness` judges them.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from distill.records import Problem, Trace, Verdict
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 1
+VERSION = 2
 _SHOWN = 47  # bytes of the answer that are kept to be shown
 WIDTH = 16 + 1 + _SHOWN  # hash, a flag, the answer's beginning
 _REFERENCED, _SILENT, _ANSWERED = range(3)
@@ -46,17 +46,15 @@ def digest(traces: list[Trace], problems: dict[str, Problem], settings: Agreemen
 
 def _answer(trace: Trace, kind: str) -> str | None:
     from evals.grading import extract_answer
-    from evals.grading.exact import normalise, plain_string
-    from evals.grading.numbers import number
+    from evals.grading.exact import normalise, plain_string, value
 
     answer = extract_answer(trace["response"], kind) if trace["finish_reason"] in ("stop", "unknown") else None
     if answer is None or len(answer) > 2000:
         return None
     if kind == "exact":
         return plain_string(answer)
-    plain = normalise(answer)
-    value = number(plain)
-    return str(value) if value is not None else plain or None
+    stated = value(answer)
+    return str(stated) if stated is not None else normalise(answer) or None
 
 
 def compare(rows: Rows, settings: AgreementFilter) -> Judgement:

@@ -6,6 +6,7 @@ intervals and matrices of these); everything else is left to math-verify by retu
 
 import re
 import unicodedata
+from fractions import Fraction
 
 from evals.grading.numbers import number, quantity, same_number, same_quantity
 from evals.grading.sequences import same_structure, structure
@@ -57,6 +58,14 @@ def _compact(spaced: str) -> str:
 def normalise(answer: str) -> str:
     r"""An answer without invisible characters, typesetting, text wrappers and spaces; never longer than the input."""
     return _compact(_WRAPPER.sub(r"\1", _spaced(answer)).replace("\\%", "%").replace("\\$", ""))
+
+
+def value(answer: str) -> Fraction | None:
+    r"""The number that an answer states, whatever it is measured in: 5 of x = 5, \$5 and 5 apples; else None."""
+    found = quantity(_units_kept(answer))
+    if found is None:
+        return number(normalise(answer))
+    return found.value * int(found.unit[1:]) if found.unit.startswith("×") else found.value
 
 
 def plain_string(answer: str) -> str:

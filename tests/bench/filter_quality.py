@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from tests.data.beyond import score_agreement, score_decontamination, score_outliers
 from tests.data.labelled import Counts, judge, read_sample, score
 
 PARTS = {"": "all", "random": "random", "chosen": "chosen", "faulty": "faulty"}
@@ -46,6 +47,14 @@ def main() -> None:
     for name in verdicts:
         for title, found in scores.items():
             print(line(name, title, found[name]))
+    whole, parts = score_decontamination()
+    long, rounds = score_outliers()
+    print("\nOn the labelled problems and samples:")
+    print(line("decontamination", "all", whole), line("agreement", "all", score_agreement()), sep="\n")
+    print(line("outliers", "all", long))
+    for part, counts in (parts | rounds).items():
+        print(f"  {part:<38}{len(counts.hits):>4} rejected rightly{len(counts.false_alarms):>4} wrongly,"
+              f"{len(counts.missed):>4} missed")  # fmt: skip
     by_id = {row["id"]: (row, number) for number, row in enumerate(rows)}
     for name, counts in scores["all"].items():
         for kind, ids in (

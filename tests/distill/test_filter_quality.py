@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import beyond
+from tests.data import make_labelled_problems as making_problems
 from tests.data import make_labelled_traces as making
 from tests.data.labelled import judge, read_sample, score
 
@@ -59,9 +61,29 @@ def test_every_bad_trace_but_known_ones_is_rejected_by_some_filter(rows):
     }  # fmt: skip
 
 
+def test_evaluation_problems_are_found_in_disguise_and_training_problems_are_left():
+    found, parts = beyond.score_decontamination()
+    assert len(found.hits) >= 78 and len(found.false_alarms) <= 1, (found.false_alarms, found.missed)
+    sure = ("the same", "capitals, blanks, typesetting", "an instruction around it", "other numbers", "other names")
+    assert not any(parts[part].missed for part in (*sure, "the second part of a longer exercise"))
+    assert len(parts["random"].passed) == 100
+    # Known to be beyond it: half a problem, and the same problem in other words.
+    assert not parts["its first half"].hits and not parts["other words, by hand"].hits
+
+
+def test_the_majority_and_the_median_are_no_worse_than_measured():
+    found = beyond.score_agreement()
+    assert len(found.hits) >= 34 and len(found.false_alarms) <= 17 and len(found.missed) <= 28, vars(found)
+    found, rounds = beyond.score_outliers()
+    assert len(found.false_alarms) <= 12 and len(found.hits) >= 53, vars(found)
+    assert len(rounds["16 times"].hits) > len(rounds["3 times"].hits)
+
+
 @pytest.mark.skipif(not making.DATA.exists(), reason="the real traces are not here (DISTILL_DATA)")
-def test_the_script_makes_the_committed_sample(rows):
+def test_the_scripts_make_the_committed_samples(rows):
     assert list(making.labelled()) == rows
+    assert list(making_problems.labelled_problems()) == beyond.read("labelled_problems")
+    assert list(making_problems.labelled_samples()) == beyond.read("labelled_samples")
 
 
 def test_the_measurement_prints_and_writes_its_figures(tmp_path: Path):
