@@ -209,9 +209,8 @@ def many(bench: Bench, entry: Entry, prompts: int) -> dict[str, Any]:
 def going_on(bench: Bench, finished: int) -> dict[str, Any]:
     folder = bench.scratch / "resumed"
     try:
-        found = resume(
-            ours(bench.server.url, folder, 64, "--samples", str(SAMPLES)), folder, bench.server.url, finished
-        )
+        command = ours(bench.server.url, folder, 64, "--samples", str(SAMPLES), "--no-verify")
+        found = resume(command, folder, bench.server.url, finished)
     except SideFailed as error:
         print(f"resume: failed: {error}")
         return {"error": str(error)}
@@ -219,7 +218,7 @@ def going_on(bench: Bench, finished: int) -> dict[str, Any]:
         part = found[name]
         print(
             f"{finished:,} finished samples of {found['line_bytes']:,} bytes, {what}: first new sample on the disk "
-            f"after {part['seconds']:.1f} s, {part['memory'] / 1e6:,.0f} MB",
+            f"after {part['seconds']:.1f} s ({part['cpu']:.1f} of a CPU), {part['memory'] / 1e6:,.0f} MB",
             flush=True,
         )
     return found

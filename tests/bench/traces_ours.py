@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 LATER = ("distill.endpoints", "distill.judging", "distill.traces", "pandas", "pyarrow.parquet", "rich.progress")
 
 
-def make_recipe(url: str, stream: bool, concurrency: int, samples: int = 1) -> "Recipe":
+def make_recipe(url: str, stream: bool, concurrency: int, samples: int = 1, verify: bool = True) -> "Recipe":
     from distill.recipe import Recipe
+
+    # Adaptive sampling verifies each sample as it comes; its cap leaves the number of samples as it is.
+    adaptive = {"verified": samples, "most": samples} if verify else None
 
     return Recipe.model_validate(
         {
@@ -32,9 +35,7 @@ def make_recipe(url: str, stream: bool, concurrency: int, samples: int = 1) -> "
                 "kind": "endpoint", "model": MODEL, "stream": stream,
                 "endpoints": [{"url": url, "concurrency": concurrency}],
             },
-            # Adaptive sampling verifies each sample as it comes; its cap leaves the number of samples as it is.
-            "sampling": {**SAMPLING, "max_tokens": MAX_TOKENS, "samples": samples,
-                         "adaptive": {"verified": samples, "most": samples}},
+            "sampling": {**SAMPLING, "max_tokens": MAX_TOKENS, "samples": samples, "adaptive": adaptive},
             "filters": {"correctness": {}},
             "students": [{"name": "student", "base": "tiny-qwen"}],
             "evals": {"tasks": ["gsm8k_r1"], "teacher": False},
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("concurrency", type=int)
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--no-verify", dest="verify", action="store_false")
     options = parser.parse_args()
     channel = Channel()
     from distill.manifest import Manifest
@@ -73,7 +75,7 @@ def main() -> None:
 
     for name in LATER:
         importlib.import_module(name)
-    recipe = make_recipe(options.url, options.stream, options.concurrency, options.samples)
+    recipe = make_recipe(options.url, options.stream, options.concurrency, options.samples, options.verify)
     channel.ready()
     run_stages(["traces"], recipe, options.folder)
     channel.done(finished=Manifest(options.folder / "manifest.json").stage("traces")["made"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.traces_ours import make_folder, make_recipe
-from tests.bench.traces_sides import Child, Watch
+from tests.bench.traces_sides import Child, Watch, tree_cpu
 
 SAMPLES = 4
 _REASONING = "Let me add these digit by digit, right to left, and carry where a sum passes nine. Wait, check again. "
@@ -19,7 +19,7 @@ def fill(folder: Path, url: str, finished: int) -> int:
     from distill.problems import read_problems
     from distill.traces import identify_teacher
 
-    recipe = make_recipe(url, False, 64, SAMPLES)
+    recipe = make_recipe(url, False, 64, SAMPLES, verify=False)
     identity = identify_teacher(recipe.teacher)["id"]
     planner = Planner(recipe, identity)
     reasoning = (_REASONING * 5).strip()
@@ -52,13 +52,14 @@ def measure_resume(command: list[str], folder: Path, limit: float) -> dict[str, 
     before = traces.stat().st_size
     with Child(command) as child, Watch(child.tree) as watch:
         child.line(120.0)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), tree_cpu(child.tree)
         child.go()
-        while traces.stat().st_size == before:
+        while traces.stat().st_size <= before:  # less: a torn tail was cut
             if child.process.poll() is not None or time.perf_counter() - start > limit:
                 child.line(0.0)  # raises SideFailed with what it said
             time.sleep(0.01)
-        return {"seconds": time.perf_counter() - start, "memory": watch.most}
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "cpu": tree_cpu(child.tree) - cpu, "memory": watch.most}
 
 
 def resume(command: list[str], folder: Path, url: str, finished: int, limit: float = 120.0) -> dict[str, Any]:

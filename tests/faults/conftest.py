@@ -6,7 +6,13 @@ from tests.faults.running import Zygote
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+def one_zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     found = Zygote(tmp_path_factory.mktemp("zygote"))
     yield found
     found.close()
+
+
+@pytest.fixture
+def zygote(one_zygote: Zygote) -> Iterator[Zygote]:
+    yield one_zygote
+    one_zygote.end_all()

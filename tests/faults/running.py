@@ -135,8 +135,9 @@ class Command:
         return int(Path(self._job["done"]).read_text())
 
     def signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        if not os.path.exists(self._job["done"]):  # then the id may be another process's by now
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> int:
         self.signal(signal.SIGKILL)
@@ -152,7 +153,7 @@ class Zygote:
 
     def __init__(self, folder: Path) -> None:
         folder.chmod(0o777)  # commands of other users write their words here
-        self._folder, self._count = folder, 0
+        self._folder, self._commands = folder, list[Command]()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.zygote"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -162,19 +163,25 @@ class Zygote:
 
     def start(self, argv: Sequence[str], **job: Any) -> Command:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._count += 1
-        name = str(self._folder / str(self._count))
+        name = str(self._folder / str(len(self._commands)))
         job |= {"argv": list(argv), "stderr": f"{name}.err", "done": f"{name}.done"}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return Command(int(self._process.stdout.readline()), job)
+        self._commands.append(Command(int(self._process.stdout.readline()), job))
+        return self._commands[-1]
 
     def run(self, argv: Sequence[str], limit: float = 60.0, **job: Any) -> tuple[int, str]:
         """(exit status, what it said)."""
         command = self.start(argv, **job)
         return command.wait(limit), command.said()
 
+    def end_all(self) -> None:
+        """Kill what a failed test has left at work."""
+        for command in self._commands:
+            command.kill()
+
     def close(self) -> None:
+        self.end_all()
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
