@@ -2,7 +2,8 @@
 # make test        the same environment with the test tools; the whole suite
 # make check       ruff and mypy
 # make demo-short  the demo's recipe with fewer problems, samples and steps, for CI
-# make vllm        vLLM's CPU build in an environment of its own, .vllm (3.5 GB): a peer in tests/bench
+# make vllm        vLLM's CPU build in an environment of its own, .vllm (3.5 GB): teacher.kind vllm, `distill teacher
+#                  serve --engine vllm`, and a peer in tests/bench; `pytest -m vllm` tests them with it
 # Each is quick the second time. PYTHON=python3.12 picks another interpreter, CONSTRAINTS= lifts the exact pins.
 
 PYTHON ?= python3

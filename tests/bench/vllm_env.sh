@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # vLLM's CPU build in an environment of its own (3.5 GB, one or two minutes): tests/bench/vllm_env.sh FOLDER [PYTHON]
-# Then: python -m tests.bench.engine --vllm FOLDER/bin/python
+# In .vllm it is found by teacher.kind vllm, `distill teacher serve --engine vllm` and `pytest -m vllm`; elsewhere name
+# it: teacher.vllm.python=FOLDER/bin/python, --vllm-python, DISTILL_VLLM_PYTHON. python -m tests.bench.engine --vllm too.
 set -euo pipefail
 folder=${1:?usage: tests/bench/vllm_env.sh FOLDER [PYTHON]}
 if [ -e "$folder/.installed" ]; then
