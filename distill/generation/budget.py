@@ -28,6 +28,8 @@ class Spending:
 
     def add(self, reply: Reply) -> None:
         self.cost += reply.cost
+        if reply.finish_reason == "failed":
+            return
         self.tokens += reply.prompt_tokens + reply.reasoning_tokens + reply.answer_tokens
         self._samples += 1
         self._seconds += reply.seconds

@@ -58,7 +58,7 @@ class Finished:
                 file.write(data)
         else:
             write_atomic(self._index, [_MAGIC, rows.tobytes()])
-        self._file = open(self._index, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self._handle = os.open(self._index, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self.lines = len(rows)
         self.cost = float(rows["cost"].sum())
         self.tokens = int(rows["prompt"].sum(dtype=np.int64) + rows["generated"].sum(dtype=np.int64))
@@ -113,10 +113,15 @@ class Finished:
         """Note lines that are on the disk, in the file's order."""
         import numpy as np
 
-        self._file.write(np.array(list(rows), dtype=_FIELDS).tobytes())
+        data = np.array(list(rows), dtype=_FIELDS).tobytes()
+        try:
+            while data:  # a full disk may take a part, and refuse the rest
+                data = data[os.write(self._handle, data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._index)) from error
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._handle)
 
     def _read_index(self) -> "tuple[np.ndarray, int]":
         """The rows that fit the traces, and where the line of the last one ends; none if they do not fit."""

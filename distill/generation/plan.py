@@ -8,6 +8,7 @@ the plain definition, which the tests hold the fast one to.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from json.encoder import encode_basestring
 from typing import Any
 
 from distill.files import sha256_json
@@ -56,7 +57,7 @@ class Planner:
         return {**self._record, "seed": seed}
 
     def _start(self, problem: Problem) -> "hashlib._Hash":
-        return hashlib.sha256(f"[{canonical(problem['id'])},{canonical(problem['problem'])},".encode())
+        return hashlib.sha256(f"[{_text(problem['id'])},{_text(problem['problem'])},".encode())
 
     def _seeds(self, problem_id: str) -> "hashlib._Hash":
         return hashlib.sha256(f"{self._seed}/{problem_id}/".encode())
@@ -100,6 +101,11 @@ def sampling_record(settings: Sampling, seed: int) -> dict[str, Any]:
 def trace_id(problem: Problem, sample: int, sampling: dict[str, Any], teacher_id: str) -> str:
     """First 16 hex of the sha256 of the canonical JSON of all that determines the sample."""
     return sha256_json([problem["id"], problem["problem"], sample, sampling, teacher_id])[:16]
+
+
+def _text(value: str) -> str:
+    """canonical(), for what is nearly always a text."""
+    return encode_basestring(value) if isinstance(value, str) else canonical(value)
 
 
 def canonical(value: Any) -> str:

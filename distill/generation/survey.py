@@ -29,21 +29,28 @@ class ProblemFile:
     def __init__(self, path: Path, shard: Shard | None) -> None:
         self.path, self.shard = path, shard
         self.offsets = array("Q")
+        self.repeated: frozenset[int] = (
+            frozenset()
+        )  # places of lines that repeat an earlier one; walk() leaves them out
         try:
             self._file = open(path, "rb")  # noqa: SIM115 (closed by close())
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
 
     def walk(self) -> Iterator[tuple[str, Problem]]:
-        """(place for messages, problem) of this shard's, in order."""
+        """(place for messages, problem) of this shard's, in order. Raises UserError for a line that is no problem."""
         position, self.offsets = 0, array("Q")
         self._file.seek(0)
         for number, line in enumerate(self._file, start=1):
             if not line.isspace():
-                problem = cast(Problem, parse(line, f"{self.path}:{number}"))
+                place = f"{self.path}:{number}"
+                problem = cast(Problem, parse(line, place))
+                if not (isinstance(problem.get("id"), str) and isinstance(problem.get("problem"), str)):
+                    raise UserError(f"{place}: expected the fields 'id' and 'problem' with text in them")
                 if self.shard is None or in_shard(problem["id"], self.shard):
                     self.offsets.append(position)
-                    yield f"{self.path}:{number}", problem
+                    if len(self.offsets) - 1 not in self.repeated:
+                        yield place, problem
             position += len(line)
 
     def __getitem__(self, index: int) -> Problem:
@@ -113,6 +120,7 @@ def survey(problems: ProblemFile, planner: Planner, finished: Finished, verifier
             done.append(have)
     # A problem that stands in the file twice is asked once.
     _, once = np.unique(np.array(first, dtype=np.uint64), return_index=True)
+    problems.repeated = frozenset(np.setdiff1d(np.arange(len(first)), once).tolist())
     wanted_P, done_P = np.array(wanted, dtype=np.int64)[once], np.array(done, dtype=np.int64)[once]
     is_open_P = (done_P < wanted_P) | np.isin(once, np.array(undecided, dtype=np.int64))
     still_open = array("Q", np.sort(once[is_open_P]).astype(np.uint64).tobytes())

@@ -136,6 +136,24 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, monkeypatch):
         run_stages(tmp_path, monkeypatch, make_recipe())
 
 
+@pytest.mark.parametrize("row", [{"problem": "1+1"}, {"id": "a"}, {"id": 5, "problem": "1+1"}])
+def test_a_line_that_is_no_problem_is_named(tmp_path, monkeypatch, row):
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"id": "a", "problem": "?"}) + "\n" + json.dumps(row) + "\n")
+    install(monkeypatch, FakeTeacher(lambda ask: pytest.fail("asked")))
+    message = r"problems\.jsonl:2: expected the fields 'id' and 'problem' with text in them"
+    with open_run(tmp_path, make_recipe()) as run, pytest.raises(UserError, match=message):
+        traces.run(make_recipe(), run)
+
+
+def test_a_problem_that_stands_in_the_file_twice_is_asked_once(tmp_path, monkeypatch):
+    run_stages(tmp_path, monkeypatch, make_recipe(sampling={"samples": 1}))
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(2 * path.read_bytes())
+    facts, teacher = run_stages(tmp_path, monkeypatch, make_recipe(), fresh_problems=False)
+    assert (len(teacher.asked), facts["resumed"], len(set(ids(tmp_path)))) == (12, 12, 24)
+    assert len(ids(tmp_path)) == facts["traces"] == 24
+
+
 def test_a_teacher_that_dies_loses_nothing_finished(tmp_path, monkeypatch):
     recipe = make_recipe()
     count = 0
