@@ -26,7 +26,11 @@ _THOUSANDS_SPACE = re.compile(r"(?<![\d.,/ ])\d{1,3}(?: \d{3})+(?![\d/ ]|,\d)")
 _LETTER = re.compile(r"(?:\(([A-Z])\)|([A-Z]))")
 _AMBIGUOUS = re.compile(r"\d,\d{3}(?!\d)")
 _NO_MATTER = re.compile(r"(?<!\d) +| +(?!\d)")  # a space between two digits is none of these: 2 1 is not 21
-_UNEQUAL = re.compile(r"\\neq?(?![A-Za-z])|\\not(?![A-Za-z])|≠|!=")
+# What says that an answer is no single number, of which computer algebra would read one all the same.
+_SEVERAL = re.compile(
+    r"\\(?:neq?|not|[lg]eq?|[lg]t|[lg]eqslant|lor|land|vee|wedge)(?![A-Za-z])|[≠≤≥∨∧<]|!=|(?<![=-])>|//"
+    r"|\b(?:or|not|at (?:least|most))\b"
+)
 _SIGNS = str.maketrans(
     {
         character: f"\\frac{{{top}}}{{{bottom}}}"
@@ -83,8 +87,8 @@ def exactly_equal(answer: str, reference: str) -> bool | None:
     a, b = number(ours), number(theirs)
     if a is not None and b is not None:
         return same_number(a, b)
-    if b is not None and _UNEQUAL.search(ours):
-        return False  # x ≠ 5, of which math-verify reads the 5
+    if b is not None and _SEVERAL.search(answer):
+        return False
     if a is None and b is None and ours and _same_text(ours, theirs):
         return True
     if theirs.startswith("(") and (stated := _LETTER.fullmatch(ours)) and (letter := _LETTER.fullmatch(theirs)):

@@ -134,6 +134,9 @@ def test_matrices_never_get_the_opposite_of_math_verify(answer, reference):
         ("5 km", "5", True), ("(1,2, 3)", "(1, 2, 3)", True), ("(1,2, 1/3)", "(1, 2, 0.333333)", None),
         ("(1, 2,000)", "(1, 2000)", True),
         (r"\neq 5", "5", False), (r"x \ne 5", "5", False), ("≠5", "5", False), (r"x \neq 5", r"x \neq 5", True),
+        (r"x=5 \lor x=6", "6", False), (r"5 \vee 6", "6", False), (r"\geq 5", "5", False), ("> 5", "5", False),
+        (r"5 \text{ or more}", "5", False), (r"\text{at least } 5", "5", False), ("6 // 5", "5", False),
+        ("|-5|", "5", None), (r"5 \text{ more}", "5", True), (r"\Rightarrow 5", "5", None),
         ("1e5", "100000", True), ("1E5", "100,000", True), ("1.5e-3", "0.0015", True), ("1e5", "10000", False),
         ("2e-1", "0.2", None), ("2e+1", "20", None),
         ("½", "0.5", True), ("1½", "3/2", True), ("5²", "25", True), ("5²", "52", False),
@@ -145,7 +148,13 @@ def test_what_one_may_write_to_be_taken_for_right(answer, reference, equal):
     assert equal is not None or grade(f"\\boxed{{{answer}}}", reference).verdict == VERDICTS.get(answer, "wrong")
 
 
-VERDICTS = {"5m": "correct", "(1,2, 1/3)": "correct"}  # metres, where no unit was asked for; a rounded third
+VERDICTS = {
+    "5m": "correct",
+    "|-5|": "correct",
+    r"5 \text{ more}": "correct",
+    r"\Rightarrow 5": "correct",
+    "(1,2, 1/3)": "correct",
+}  # metres, where no unit was asked for; a rounded third
 
 
 def test_separators_of_thousands_in_sequences_are_read_where_a_space_tells_them_apart():
