@@ -126,9 +126,10 @@ class _Work:
 
     async def close(self) -> None:
         """Give up at once what is in flight."""
-        for task in self._tasks:
+        others = asyncio.all_tasks() - {asyncio.current_task()}  # with the step that Ctrl-C may have left
+        for task in others:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*others, return_exceptions=True)
         for endpoint in self._endpoints:
             endpoint.close()
             endpoint.in_flight = 0
@@ -256,7 +257,7 @@ class _Work:
         sample.charged = (endpoint, downs)
         self._take_back(sample)
         if sample.attempts >= self._teacher.attempts:
-            self._finish(sample, None, _failed_reply(sample.ask, str(failure)))
+            self._finish(sample, None, _failed_reply(sample.ask, self._hide(str(failure))))
             return
         pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(sample.attempts - 1, 16)))
         self._loop.call_later(max(pause, failure.retry_after or 0.0), self._after_pause, sample)
@@ -280,12 +281,14 @@ class _Work:
         endpoint.refusals += not error.endpoint
         if not error.endpoint and not (endpoint.refusals > 1 and not endpoint.answered):
             sample.attempts += 1
-            self._finish(sample, None, _failed_reply(sample.ask, f"http_{error.status}: {error}"))
+            said = self._hide(f"http_{error.status}: {error}")
+            self._finish(sample, None, _failed_reply(sample.ask, said))
             return
         self._again(sample)
         if endpoint.out is not None:
             return
-        endpoint.up, endpoint.out = False, f"{endpoint.place} ({endpoint.name}, model '{endpoint.model}'): {error}"
+        said = self._hide(f"{endpoint.place} ({endpoint.name}, model '{endpoint.model}'): {error}")
+        endpoint.up, endpoint.out = False, said
         if all(other.out is not None for other in self._endpoints):
             self.error = UserError("; ".join(str(other.out) for other in self._endpoints))
             self._waken()
@@ -295,14 +298,14 @@ class _Work:
     # Health.
 
     def _went_down(self, endpoint: Endpoint, failure: Failure) -> None:
-        now = clock()
+        now, said = clock(), self._hide(str(failure))
         alone = not any(other.up for other in self._endpoints)
         if alone and self._all_down_since is None:
             self._all_down_since = now
-            _say(f"no endpoint is up ({endpoint.name}: {failure}); waiting for one")
+            _say(f"no endpoint is up ({endpoint.name}: {said}); waiting for one")
         elif now - self._spoke.get(endpoint.name, -_QUIET_SECONDS) >= _QUIET_SECONDS:
             self._spoke[endpoint.name] = now
-            _say(f"{endpoint.name} is down ({failure}); its work goes to the others")
+            _say(f"{endpoint.name} is down ({said}); its work goes to the others")
         self._start(self._bring_back(endpoint))
 
     async def _bring_back(self, endpoint: Endpoint) -> None:
@@ -332,6 +335,12 @@ class _Work:
             self._finish(sample, None, _failed_reply(sample.ask, f"no_endpoint: {said}"))
         self.error = ConnectionError(f"{said}; what is finished is kept, start the same command again to go on")
         self._waken()
+
+    def _hide(self, said: str) -> str:
+        """A server may quote the key in its complaint."""
+        for endpoint in self._endpoints:
+            said = said.replace(endpoint.key, "...") if endpoint.key else said
+        return said
 
     # The loop.
 

@@ -23,6 +23,7 @@ from distill.recipe_teacher import Teacher
 from distill.records import Ask, EndpointState
 
 clock = time.monotonic
+_MOST_COMPLAINT = 1 << 18  # bytes
 _IN_A_ROW = 8  # failures after which nobody is taken to be there
 _PROBE_SECONDS = 10.0
 _PROBE_PAUSES = 0.5, 30.0  # first and longest, doubling between
@@ -39,7 +40,7 @@ class Endpoint:
         self.model = settings.model or teacher.model
         self.names = Names(self.model)
         self._teacher = teacher
-        self._key = read_key(settings, place)
+        self.key = read_key(settings, place)
         self.bodies: Bodies  # set by the client, which knows the tokenizer
         self.errors: Counter[str] = Counter()
         self.in_flight = 0
@@ -50,6 +51,7 @@ class Endpoint:
         self.refusals = 0
         self.turn = 0.0  # of the weighted turns: the lowest is next
         self._row = 0  # failures in a row
+        self._full = False  # whether it went down for having too much to do
         self._pause = _PROBE_PAUSES[0]
         self._free: list[Connection] = []
         self._busy: dict[Connection, tuple[float, int]] = {}  # since when; bytes already told to the limit
@@ -71,15 +73,17 @@ class Endpoint:
     async def ask(self, ask: Ask, max_tokens: int) -> tuple[Answer, float]:
         """What the server answers, and the seconds it took. Raises what distill.endpoints.failures holds."""
         start = clock()
-        raw = await self._exchange(self._post(self.bodies.write(ask, max_tokens)), self._most(ask, max_tokens))
-        return raw.answer(), clock() - start
+        request, most = self._post(self.bodies.write(ask, max_tokens)), self._most(ask, max_tokens)
+        sink = await self._exchange(request, most, self._teacher.stream, ask.logprobs)
+        return sink.answer(), clock() - start
 
     def _most(self, ask: Ask, max_tokens: int) -> int:
         """Bytes that a reply may have: several times what the longest one has in the wordiest server's JSON."""
         token = (1024 if self._teacher.stream else 256) + 256 * (ask.logprobs + 1 if ask.logprobs else 0)
         return (1 << 18) + max_tokens * token
 
-    async def _exchange(self, request: bytes, most: int) -> Whole | Stream:
+    async def _exchange(self, request: bytes, most: int, streams: bool = False, top: int = 0) -> Whole | Stream:
+        """The body of an answer with status 200, of at most `most` bytes."""
         while True:
             connection = self._kept() or await self._connect()
             # A list, since the sink is chosen when the head is there.
@@ -89,8 +93,10 @@ class Endpoint:
             def choose(head: Head, chosen: list[Whole | Stream] = chosen, start: float = start) -> Whole | Stream:
                 if head.status == 200:
                     self.limit.accepted(clock() - start)
-                events = head.status == 200 and head.headers.get(b"content-type", b"").startswith(b"text/event-stream")
-                chosen.append(Stream(most) if events else Whole(most if head.status == 200 else 1 << 18))
+                # Not all servers name their streams; none calls one JSON.
+                whole = head.status != 200 or not streams or b"json" in head.headers.get(b"content-type", b"")
+                size = most if head.status == 200 else _MOST_COMPLAINT
+                chosen.append(Whole(size, top) if whole else Stream(size, top))
                 return chosen[-1]
 
             self._busy[connection] = (start, 0)
@@ -108,7 +114,7 @@ class Endpoint:
             sink = chosen[-1]
             if head.status != 200:
                 assert isinstance(sink, Whole)
-                raise by_status(head.status, head.headers, self._without_key(sink.raw))
+                raise by_status(head.status, head.headers, sink.raw)
             return sink
 
     def _kept(self) -> Connection | None:
@@ -133,14 +139,10 @@ class Endpoint:
         headers |= more
         if length is not None:
             headers["Content-Length"] = str(length)
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         lines = [f"{method} {self.address.target(path)} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-    def _without_key(self, said: bytes) -> bytes:
-        """A server may quote the key in its complaint."""
-        return said.replace(self._key.encode(), b"...") if self._key else said
 
     # Health.
 
@@ -151,18 +153,19 @@ class Endpoint:
     def failed(self, failure: Failure) -> bool:
         """Count it; whether this takes the endpoint down."""
         self.errors[failure.kind] += 1
-        if failure.kind == "local":
-            return False
-        # Overload is an answer: somebody is there.
-        self._row = 0 if failure.overload else self._row + 1
-        if not self.up or not (failure.kind == "connect" or self._row >= _IN_A_ROW):
+        self._row += failure.kind != "local"
+        # A server that is full turns many away in a row, and serves the others; but not when one is left.
+        full = failure.overload and failure.kind != "timeout" and self.limit.value > 1
+        if not self.up or not (failure.kind == "connect" or (self._row >= _IN_A_ROW and not full)):
             return False
         self.up = False
         self.downs += 1
+        self._full = failure.overload
         return True
 
     async def wait_until_back(self) -> None:
-        """Probe with growing pauses until GET /models is answered; then the endpoint is up, with a new limit."""
+        """Probe with growing pauses until GET /models is answered; then the endpoint is up. Its limit is found anew,
+        unless it was overload that took it down."""
         while True:
             await asyncio.sleep(self._pause * random.uniform(0.75, 1.25))
             self._pause = min(2 * self._pause, _PROBE_PAUSES[1])
@@ -175,8 +178,9 @@ class Endpoint:
                 pass
             break
         self._row = 0
-        self.limit = self._new_limit()
-        self.up = True
+        if not self._full:
+            self.limit = self._new_limit()
+        self.up = self.out is None
 
     async def models(self) -> list[dict[str, object]]:
         """The entries of GET /models. Raises as `ask` does."""

@@ -73,6 +73,8 @@ def by_status(status: int, headers: Mapping[bytes, bytes], body: bytes) -> Excep
     known = _by_message(code, message) if 400 <= status < 500 or code == 400 else None
     if known is not None:
         return known
+    if code == "insufficient_quota":  # OpenAI's 429 for an empty account
+        return Refused(status, message, endpoint=True)
     if status in _RETRIED or status >= 500:
         wait = retry_after(headers)
         return Failure(f"http_{status}", message, retry_after=wait, overload=status in _OVERLOAD)

@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
         if head.status in (204, 304):
             self._framing, length = "length", b"0"
         self._left = int(length or b"0") if self._framing == "length" else 0
-        self._broken |= self._framing == "close" or headers.get(b"connection", b"").lower() == b"close"
+        self._broken |= self._framing == "close" or b"close" in headers.get(b"connection", b"").lower()
         self._head = head
         assert self._choose is not None
         self._sink = self._choose(head)

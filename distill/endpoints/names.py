@@ -35,7 +35,8 @@ class Names:
             return True
         if said in self._known or _same(said, self._asked):
             return True
-        self._others[said] += 1
+        if len(self._others) < _AGREEING:  # else they agree on nothing
+            self._others[said] += 1
         if not self._exact and len(self._others) == 1 and self._others[said] >= _AGREEING:
             self._known.add(said)
             return True

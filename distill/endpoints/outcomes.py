@@ -34,7 +34,10 @@ def make_reply(ask: Ask, answer: Answer, seconds: float, chat: bool) -> Reply:
     elif finish == "stop" and not text.strip():
         finish = "empty"
     prompt, thought, answered_tokens = count_tokens(ask, answer, text)
-    logprobs = _logprobs(answer.logprobs, ask.logprobs) if ask.logprobs else None
+    logprobs = None
+    if ask.logprobs:
+        chosen = answer.chosen if len(answer.chosen) == len(answer.likeliest) else ()
+        logprobs = TopLogprobs(answer.likeliest, answer.logprobs, chosen)
     return Reply(ask.id, text, finish, prompt, thought, answered_tokens, seconds, logprobs=logprobs)
 
 
@@ -95,28 +98,3 @@ def charged(usage: Any, prompt_price: float, completion_price: float) -> float:
 
 def _number(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _logprobs(parts: list[dict[str, Any]], most: int) -> TopLogprobs:
-    """Of chat (`content[].top_logprobs[]`) and completions (`top_logprobs[]`, a mapping a position)."""
-    tokens: list[list[int | str]] = []
-    logprobs: list[list[float]] = []
-    chosen: list[int | str] = []
-    try:
-        for part in parts:
-            if "top_logprobs" in part:
-                rows = [list((row or {}).items()) for row in part["top_logprobs"] or []]
-                chosen += map(str, part.get("tokens") or [])
-            else:
-                chosen += [str(entry["token"]) for entry in (part.get("content") or [])]
-                rows = [
-                    [(item["token"], item["logprob"]) for item in entry["top_logprobs"]]
-                    for entry in (part.get("content") or [])
-                ]
-            for row in rows:
-                likeliest = sorted(((str(t), float(p)) for t, p in row), key=lambda pair: -pair[1])[:most]
-                tokens.append([token for token, _ in likeliest])
-                logprobs.append([logprob for _, logprob in likeliest])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Failure("bad_json", f"logprobs in an unknown form ({error})") from None
-    return TopLogprobs(tokens, logprobs, chosen if len(chosen) == len(tokens) else ())

@@ -1,6 +1,8 @@
 """The client against real HTTP on loopback: what is sent, what comes of it, and what happens when it does not."""
 
+import gc
 import os
+import signal
 import threading
 import time
 
@@ -264,6 +266,27 @@ def test_a_missing_key_is_told_before_anything_is_asked(monkeypatch):
         open_endpoints(teacher(endpoints=[{"url": "http://127.0.0.1:9/v1", "key": "NO_SUCH_KEY"}]))
 
 
+def test_a_key_in_a_streams_error_is_not_repeated(monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret-1")
+    event = b'data: {"error": {"message": "sk-secret-1 has had enough"}}\n\n'
+    with Server(lambda r: r.stream([event])) as server:
+        given = teacher(endpoints=[{"url": server.url, "key": "TEACHER_KEY"}], attempts=1)
+        assert replies(given)["a0"].error == "server_error: ... has had enough"
+
+
+def test_a_server_that_only_turns_away_is_down_at_last():
+    """A gateway without anything behind it; samples in hand are not used up against it."""
+
+    def answer(request):
+        request.send(503, {}) if request.number < 150 else request.say()
+
+    with Server(answer) as server:
+        backend = open_endpoints(teacher(server, attempts=1000))
+        found = [reply for batch in backend.generate(Source(map(ask, range(40)))) for reply in batch]
+    assert backend._endpoints[0].downs >= 1
+    assert {reply.finish_reason for reply in found} == {"stop"}
+
+
 # Which model answers.
 
 
@@ -407,6 +430,16 @@ def test_closing_gives_up_at_once_and_leaves_nothing():
     assert not [task for task in threading.enumerate() if "asyncio" in task.name]
     time.sleep(0.1)
     assert len(set(os.listdir("/proc/self/fd")) - sockets) <= 1
+
+
+def test_ctrl_c_leaves_nothing_behind(caplog):
+    with Server(lambda r: time.sleep(2)) as server:
+        work = open_endpoints(teacher(server)).generate(Source([ask()]))
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            list(work)
+        gc.collect()
+    assert not caplog.records
 
 
 def test_the_limit_is_kept():

@@ -84,5 +84,5 @@ def test_the_likeliest_tokens_come_along(url, api, stream):
     reply = replies(teacher, asks(logprobs=3, max_tokens=16)[:1])["a0"]
     found = reply.logprobs
     assert len(found.tokens) == len(found.logprobs) == reply.reasoning_tokens + reply.answer_tokens == 16
-    assert all(len(row) == 3 and row == sorted(row, reverse=True) for row in found.logprobs)
+    assert all(len(row) == 3 and list(row) == sorted(row, reverse=True) for row in found.logprobs)
     assert "".join(map(str, found.chosen)) == reply.text
