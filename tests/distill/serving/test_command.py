@@ -10,6 +10,7 @@ import pytest
 
 from distill.errors import UserError
 from distill.recipe import Sampling, Teacher
+from distill.recipe_load import load_recipe
 from distill.serving.arguments import as_flags
 from distill.serving.command import Listening, plan
 from distill.serving.gpus import gpu_memories
@@ -186,3 +187,13 @@ def test_the_engine_is_chosen_by_what_is_served(tmp_path, dense):
     assert "--served-model-name tiny-r1" in done.stdout
     done = serve(R1, "--nodes", "2", "--gpus", "8", "--gpu-memory", "80")
     assert done.returncode == 2 and "--script" in done.stderr
+
+
+def test_the_shipped_recipes_differ_in_the_teacher_and_what_it_may_cost():
+    r1, api = load_recipe("r1-vllm"), load_recipe("deepseek-api")
+    apart = {"name", "teacher", "budget"}
+    assert r1.model_dump(exclude=apart) == api.model_dump(exclude=apart)
+    assert (r1.sampling.temperature, r1.sampling.top_p, r1.sampling.max_tokens) == (0.6, 0.95, 32768)
+    here = load_recipe("r1-vllm", ["teacher.kind=vllm", "teacher.endpoints=[]"]).teacher
+    assert here.vllm == r1.teacher.vllm
+    assert plan(r1.teacher, r1.sampling, Listening(), H200).at == Placement(1, 1, 8, True)
