@@ -22,6 +22,7 @@ from typing import IO
 _TICK = 0.2
 _KEPT_LINES = 20
 _MOST_BACK_OFF = 60.0
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ServerLost(OSError):
 
 
 class Supervisor:
-    """Runs `command` until SIGTERM or SIGINT; `url` is its root, which answers /health with 200 when it is ready."""
+    """Runs `command` until SIGTERM, SIGINT or SIGHUP; `url` is its root, where /health says 200 once it is ready."""
 
     def __init__(
         self, command: Sequence[str], url: str, patience: Patience, environment: Mapping[str, str] | None = None
@@ -53,7 +54,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Returns once asked to stop; raises ServerLost where it cannot be kept alive."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._stop) for number in _STOP}
         try:
             self._keep_alive()
         finally:
