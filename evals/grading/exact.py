@@ -29,8 +29,9 @@ _NO_MATTER = re.compile(r"(?<!\d) +| +(?!\d)")  # a space between two digits is 
 # What says that an answer is no single number, of which computer algebra would read one all the same.
 _SEVERAL = re.compile(
     r"\\(?:neq?|not|[lg]eq?|[lg]t|[lg]eqslant|lor|land|vee|wedge)(?![A-Za-z])|[≠≤≥∨∧<]|!=|(?<![=-])>|//"
-    r"|\b(?:or|not|at (?:least|most))\b"
+    r"|\b(?:or|at (?:least|most))\b"
 )
+_PROSE = 200  # characters from which on words like "or" are part of a text that ends with the answer
 _SIGNS = str.maketrans(
     {
         character: f"\\frac{{{top}}}{{{bottom}}}"
@@ -87,7 +88,7 @@ def exactly_equal(answer: str, reference: str) -> bool | None:
     a, b = number(ours), number(theirs)
     if a is not None and b is not None:
         return same_number(a, b)
-    if b is not None and _SEVERAL.search(answer):
+    if b is not None and len(answer) <= _PROSE and _SEVERAL.search(answer):
         return False
     if a is None and b is None and ours and _same_text(ours, theirs):
         return True
