@@ -53,3 +53,8 @@ def same_device(**tensors: Tensor) -> None:
     places = {name: tensor.device for name, tensor in tensors.items()}
     if len(set(places.values())) > 1:
         raise ValueError("tensors on several devices: " + ", ".join(f"{name} on {at}" for name, at in places.items()))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

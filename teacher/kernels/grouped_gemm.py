@@ -28,8 +28,6 @@ Shapes: R rows, E experts, N and K columns of output and input, I = N / 2 for Sw
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -38,7 +36,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, dequantize, quantize
-from teacher.kernels.arguments import INTERPRETED, same_device, take
+from teacher.kernels.arguments import INTERPRETED, multiprocessors, same_device, take
 from teacher.kernels.operands import Fp8, Groups
 from teacher.kernels.quantize import block_scale, encode, magnitude
 from teacher.kernels.tuning import Tile, tile_for
@@ -222,7 +220,7 @@ def _launch(x: Fp8, w: Fp8, groups: Groups, out: Tensor, out_scales: Tensor | No
     if rows == 0 or n == 0:
         return
     experts = w.values.shape[0]
-    programs = _multiprocessors(out.device) * tile.resident
+    programs = multiprocessors(out.device) * tile.resident
     if tile.specialize:
         from teacher.kernels import grouped_gemm_hopper
 
@@ -237,8 +235,3 @@ def _launch(x: Fp8, w: Fp8, groups: Groups, out: Tensor, out_scales: Tensor | No
         GROUP=tile.group, PROGRAMS=programs, INTERPRETED=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -94,14 +94,8 @@ def _load(
 
 
 @gluon.jit
-def _product(x, w, part, never):
-    """x w^T for one block of 128, waited for."""
-    part = warpgroup_mma(x, w.permute((1, 0)), part, use_acc=never, is_async=True)
-    return warpgroup_mma_wait(0, deps=[part])
-
-
-@gluon.jit
 def _issue(x, w, part, never):
+    """Start x w^T for 64 columns; `part`, whose value is not used, says in which registers."""
     return warpgroup_mma(x, w.permute((1, 0)), part, use_acc=never, is_async=True)
 
 
@@ -115,17 +109,30 @@ def _add(total, part, scale):
 
 
 @gluon.jit
-def _store(place, column, N, real, value, out):
-    inside = gl.expand_dims(real, 1) & gl.expand_dims(column < N, 0)
-    gl.store(place + gl.expand_dims(column, 0), value.to(out.dtype.element_ty), mask=inside)
+def _store(out, value, row, count, first_row, column, N, layout: gl.constexpr, COALESCE: gl.constexpr):
+    """64 x 64 values at `row` and `column`, of which the rows from `first_row` on below `count` are real."""
+    if COALESCE:
+        each: gl.constexpr = 128 // value.dtype.primitive_bitwidth
+        wide: gl.constexpr = gl.BlockedLayout([1, each], [32 * each // 64, 64 // each], [4, 1], [1, 0])
+        value = gl.convert_layout(value, wide)
+    else:
+        wide: gl.constexpr = layout
+    local = first_row + gl.arange(0, 64, gl.SliceLayout(1, wide))
+    column = column + gl.arange(0, 64, gl.SliceLayout(0, wide))
+    inside = gl.expand_dims(local < count, 1) & gl.expand_dims(column < N, 0)
+    gl.store(out + gl.expand_dims((row + local).to(gl.int64) * N, 1) + gl.expand_dims(column, 0), value, mask=inside)
 
 
 @gluon.jit
 def _multiply(
-    buffers, full, empty, table, total, sizes, scales, outputs, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
-    SWIGLU: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, AHEAD: gl.constexpr, CONSUMER: gl.constexpr,
+    buffers, full, empty, lag, table, total, sizes, scales, outputs, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    SWIGLU: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, COALESCE: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """One warp group's 64 rows of every tile: four sums of 64 x 64, two for each block of scales."""
+    """One warp group's 64 rows of every tile: four sums of 64 x 64, two for each block of scales.
+
+    A product is issued before the one in front of it is added, also across blocks of K, so that the tensor cores always
+    have one waiting; scales are loaded a block ahead.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
     x_buffer, w_buffer = buffers
     N, K, column_tiles, k_tiles = sizes
@@ -134,12 +141,17 @@ def _multiply(
     row_tiles = gl.load(total)
     scale_rows = gl.cdiv(N, 128) * 2 if SWIGLU else gl.cdiv(N, 128)
     none = gl.zeros([64, 64], gl.float32, layout)
-    local = CONSUMER * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    first_row: gl.constexpr = CONSUMER * 64
+    local = first_row + gl.arange(0, 64, gl.SliceLayout(1, layout))
     step = 0
+    if LAG > 0 and CONSUMER == 1:
+        if gl.program_id(0) < row_tiles * column_tiles:
+            mbarrier.wait(lag, 0)
     for tile in range(gl.program_id(0), row_tiles * column_tiles, PROGRAMS):
         row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
         e, row = gl.load(table + row_tile * 4), gl.load(table + row_tile * 4 + 1)
-        real = local < gl.load(table + row_tile * 4 + 2)
+        count = gl.load(table + row_tile * 4 + 2)
+        real = local < count
         if SWIGLU:
             block = column_tile
             other_block = gl.cdiv(N, 128) + column_tile
@@ -151,76 +163,66 @@ def _multiply(
         x_scale_at = x_scales + row + local
         a0, a1, b0, b1 = none, none, none, none
         part, next, never = none, none, k_tiles < 0
+        w_scale, other_scale = gl.load(w_scale_at), gl.load(other_scale_at)
+        x_scale = gl.load(x_scale_at, mask=real, other=0.0)
         for k in range(k_tiles):
-            w_scale, other_scale = gl.load(w_scale_at + k), gl.load(other_scale_at + k)
-            x_scale = gl.load(x_scale_at + k * x_scale_stride, mask=real, other=0.0)
-            stage, phase = step % STAGES, step // STAGES & 1
-            mbarrier.wait(full.index(stage), phase)
-            x = x_buffer.index(stage).slice(CONSUMER * 64, 64, dim=0)
-            if REGISTERS:
-                x = x.load(gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4))
-            w, other = w_buffer.index(stage * 2), w_buffer.index(stage * 2 + 1)
             scale, scale_other = gl.expand_dims(x_scale * w_scale, 1), gl.expand_dims(x_scale * other_scale, 1)
-            if AHEAD:
-                part = _issue(x, w.slice(0, 64, dim=0), part, never)
-                next = _issue(x, w.slice(64, 64, dim=0), next, never)
-                part = warpgroup_mma_wait(1, deps=[part])
-                a0 = _add(a0, part, scale)
-                part = _issue(x, other.slice(0, 64, dim=0), part, never)
-                next = warpgroup_mma_wait(1, deps=[next])
-                a1 = _add(a1, next, scale)
-                next = _issue(x, other.slice(64, 64, dim=0), next, never)
-                part = warpgroup_mma_wait(1, deps=[part])
-                b0 = _add(b0, part, scale_other)
-                next = warpgroup_mma_wait(0, deps=[next])
-                mbarrier.arrive(empty.index(stage), count=1)
-                b1 = _add(b1, next, scale_other)
-            else:
-                part = _product(x, w.slice(0, 64, dim=0), part, never)
-                a0 = _add(a0, part, scale)
-                part = _product(x, w.slice(64, 64, dim=0), part, never)
-                a1 = _add(a1, part, scale)
-                part = _product(x, other.slice(0, 64, dim=0), part, never)
-                b0 = _add(b0, part, scale_other)
-                part = _product(x, other.slice(64, 64, dim=0), part, never)
-                mbarrier.arrive(empty.index(stage), count=1)
-                b1 = _add(b1, part, scale_other)
+            ahead = min(k + 1, k_tiles - 1)
+            w_scale, other_scale = gl.load(w_scale_at + ahead), gl.load(other_scale_at + ahead)
+            x_scale = gl.load(x_scale_at + ahead * x_scale_stride, mask=real, other=0.0)
+            stage = step % STAGES
+            x = x_buffer.index(stage).slice(first_row, 64, dim=0)
+            w, other = w_buffer.index(stage * 2), w_buffer.index(stage * 2 + 1)
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            part = _issue(x, w.slice(0, 64, dim=0), part, never)
+            next = _issue(x, w.slice(64, 64, dim=0), next, never)
+            part = warpgroup_mma_wait(1, deps=[part])
+            a0 = _add(a0, part, scale)
+            part = _issue(x, other.slice(0, 64, dim=0), part, never)
+            next = warpgroup_mma_wait(1, deps=[next])
+            a1 = _add(a1, next, scale)
+            next = _issue(x, other.slice(64, 64, dim=0), next, never)
+            part = warpgroup_mma_wait(1, deps=[part])
+            b0 = _add(b0, part, scale_other)
+            next = warpgroup_mma_wait(0, deps=[next])
+            mbarrier.arrive(empty.index(stage), count=1)
+            if LAG > 0 and CONSUMER == 0:
+                mbarrier.arrive(lag, count=1, pred=step == min(LAG, k_tiles) - 1)
+            b1 = _add(b1, next, scale_other)
             step += 1
-        column = gl.arange(0, 64, gl.SliceLayout(0, layout))
-        place = out + gl.expand_dims((row + local).to(gl.int64) * N, 1)
         if SWIGLU:
-            column += column_tile * 128
-            inside = gl.expand_dims(real, 1) & gl.expand_dims(column < N, 0)
-            inside1 = gl.expand_dims(real, 1) & gl.expand_dims(column + 64 < N, 0)
-            hidden = gl.where(inside, a0 / (1.0 + gl.exp(-a0)) * b0, 0.0)
-            hidden1 = gl.where(inside1, a1 / (1.0 + gl.exp(-a1)) * b1, 0.0)
-            largest = gl.maximum(gl.max(magnitude(hidden), axis=1), gl.max(magnitude(hidden1), axis=1))
-            scale = block_scale(largest, False)
-            code, code1 = (
-                encode(hidden, gl.expand_dims(scale, 1), False),
-                encode(hidden1, gl.expand_dims(scale, 1), False),
-            )
-            gl.store(place + gl.expand_dims(column, 0), code, mask=inside)
-            gl.store(place + gl.expand_dims(column + 64, 0), code1, mask=inside1)
-            gl.store(out_scales + column_tile * out_scale_stride + row + local, scale, mask=real)
+            column = column_tile * 128
+            at = column + gl.arange(0, 64, gl.SliceLayout(0, layout))
+            h0 = gl.where(gl.expand_dims(at < N, 0), a0 / (1.0 + gl.exp(-a0)) * b0, 0.0)
+            h1 = gl.where(gl.expand_dims(at + 64 < N, 0), a1 / (1.0 + gl.exp(-a1)) * b1, 0.0)
+            largest = gl.maximum(gl.max(magnitude(h0), axis=1), gl.max(magnitude(h1), axis=1))
+            out_scale = block_scale(largest, False)
+            code = encode(h0, gl.expand_dims(out_scale, 1), False)
+            _store(out, code, row, count, first_row, column, N, layout, COALESCE)
+            code = encode(h1, gl.expand_dims(out_scale, 1), False)
+            _store(out, code, row, count, first_row, column + 64, N, layout, COALESCE)
+            gl.store(out_scales + column_tile * out_scale_stride + row + local, out_scale, mask=real)
         else:
-            column += column_tile * 256
-            _store(place, column, N, real, a0, out)
-            _store(place, column + 64, N, real, a1, out)
-            _store(place, column + 128, N, real, b0, out)
-            _store(place, column + 192, N, real, b1, out)
+            column = column_tile * 256
+            element: gl.constexpr = out.dtype.element_ty
+            _store(out, a0.to(element), row, count, first_row, column, N, layout, COALESCE)
+            _store(out, a1.to(element), row, count, first_row, column + 64, N, layout, COALESCE)
+            _store(out, b0.to(element), row, count, first_row, column + 128, N, layout, COALESCE)
+            _store(out, b1.to(element), row, count, first_row, column + 192, N, layout, COALESCE)
 
 
 @gluon.jit
 def _grouped_kernel(
     x_rows, w_rows, x_scales, x_scale_stride, w_scales, out, out_scales, out_scale_stride, table, total, N, K,
-    SWIGLU: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, AHEAD: gl.constexpr,
+    SWIGLU: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, COALESCE: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = 128
     x_buffer = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, ROWS, 128], x_rows.layout)
     w_buffer = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 128, 128], w_rows.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    lag = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(lag, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
@@ -235,6 +237,7 @@ def _grouped_kernel(
                     buffers,
                     full,
                     empty,
+                    lag,
                     table,
                     total,
                     sizes,
@@ -244,8 +247,8 @@ def _grouped_kernel(
                     PROGRAMS,
                     SWIGLU,
                     STAGES,
-                    REGISTERS,
-                    AHEAD,
+                    LAG,
+                    COALESCE,
                     0,
                 ),
             ),
@@ -255,6 +258,7 @@ def _grouped_kernel(
                     buffers,
                     full,
                     empty,
+                    lag,
                     table,
                     total,
                     sizes,
@@ -264,8 +268,8 @@ def _grouped_kernel(
                     PROGRAMS,
                     SWIGLU,
                     STAGES,
-                    REGISTERS,
-                    AHEAD,
+                    LAG,
+                    COALESCE,
                     1,
                 ),
             ),
@@ -281,7 +285,7 @@ def _grouped_kernel(
 
 def launch(
     x: Fp8, w: Fp8, groups: Groups, out: Tensor, out_scales: Tensor | None, n: int, tile: Tile, programs: int,
-    registers: bool = False, ahead: bool = True,
+    lag: int = 0, coalesce: bool = True,
 ) -> None:  # fmt: skip
     """Two launches: the table of row tiles, whose number only the device knows, and the product."""
     if (tile.rows, tile.columns, tile.halves) != (128, 128, 2):
@@ -299,5 +303,5 @@ def launch(
         TensorDescriptor.from_tensor(w.values.view(-1, k), [128, 128], layout),
         x.scales, x.scales.stride(1), w.scales, out, out_scales, 0 if out_scales is None else out_scales.stride(1),
         table, total, n, k, SWIGLU=out_scales is not None, GROUP=tile.group, PROGRAMS=programs, STAGES=tile.stages,
-        REGISTERS=registers, AHEAD=ahead, num_warps=4, maxnreg=_REGISTERS,
+        LAG=lag, COALESCE=coalesce, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip

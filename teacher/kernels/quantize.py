@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teacher.fp8 import FP8
-from teacher.kernels.arguments import INTERPRETED, same_device, take
+from teacher.kernels.arguments import INTERPRETED, multiprocessors, same_device, take
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = tl.constexpr(128)
@@ -89,34 +89,37 @@ def _rows_kernel(
 
 @triton.jit
 def _blocks_kernel(
-    x, x_matrix, x_stride, values, scales, R, C,
-    COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr,
+    x, x_matrix, x_stride, values, scales, R, C, tiles,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of 128 x 128 of one matrix: a scale for all of it, or (COLUMNS) one for each of its columns."""
-    down, across = tl.cdiv(R, _BLOCK), tl.cdiv(C, _BLOCK)
-    tile = tl.program_id(0) % (down * across)
-    matrix = (tl.program_id(0) // (down * across)).to(tl.int64)
-    tile_row, tile_column = tile // across, tile % across
-    row, column = tile_row * _BLOCK + tl.arange(0, _BLOCK), tile_column * _BLOCK + tl.arange(0, _BLOCK)
-    inside = (row < R)[:, None] & (column < C)[None, :]
-    place = x + matrix * x_matrix + row.to(tl.int64)[:, None] * x_stride + column[None, :]
-    found = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(magnitude(found), axis=0)
-    if COLUMNS:
-        scale = block_scale(largest, POWER_OF_TWO)
-        code = encode(found, scale[None, :], INTERPRETED)
-        # As the scales of x's transpose, column by column: (C, r) with stride 1 along C.
-        tl.store(scales + tile_row.to(tl.int64) * C + column, scale, mask=column < C)
-    else:
-        scale = block_scale(tl.max(largest, axis=0), POWER_OF_TWO)
-        code = encode(found, scale, INTERPRETED)
-        at = tile_column * down + tile_row if TRANSPOSED else tile
-        tl.store(scales + matrix * down * across + at, scale)
-    values += matrix * R * C
-    if TRANSPOSED:
-        tl.store(values + column.to(tl.int64)[:, None] * R + row[None, :], tl.trans(code), mask=tl.trans(inside))
-    else:
-        tl.store(values + row.to(tl.int64)[:, None] * C + column[None, :], code, mask=inside)
+    """Tiles of 128 x WIDTH, taken in turn: a scale for all of one, or (COLUMNS) one for each of its columns."""
+    down, across = tl.cdiv(R, _BLOCK), tl.cdiv(C, WIDTH)
+    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=STAGES):
+        tile = index % (down * across)
+        matrix = (index // (down * across)).to(tl.int64)
+        tile_row, tile_column = tile // across, tile % across
+        row, column = tile_row * _BLOCK + tl.arange(0, _BLOCK), tile_column * WIDTH + tl.arange(0, WIDTH)
+        inside = (row < R)[:, None] & (column < C)[None, :]
+        place = x + matrix * x_matrix + row.to(tl.int64)[:, None] * x_stride + column[None, :]
+        found = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.max(magnitude(found), axis=0)
+        if COLUMNS:
+            scale = block_scale(largest, POWER_OF_TWO)
+            code = encode(found, scale[None, :], INTERPRETED)
+            # As the scales of x's transpose, column by column: (C, r) with stride 1 along C.
+            tl.store(scales + tile_row.to(tl.int64) * C + column, scale, mask=column < C)
+        else:
+            scale = block_scale(tl.max(largest, axis=0), POWER_OF_TWO)
+            code = encode(found, scale, INTERPRETED)
+            at = tile_column * down + tile_row if TRANSPOSED else tile
+            tl.store(scales + matrix * down * across + at, scale)
+        target = values + matrix * R * C
+        if TRANSPOSED:
+            place = target + column.to(tl.int64)[:, None] * R + row[None, :]
+            tl.store(place, tl.trans(code), mask=tl.trans(inside))
+        else:
+            tl.store(target + row.to(tl.int64)[:, None] * C + column[None, :], code, mask=inside)
 
 
 def quantize_activations(
@@ -140,7 +143,7 @@ def quantize_activations(
     if values.numel() == 0:
         return values, scales
     few = rows < 512
-    tile_rows, tile_blocks = (1, 8) if few else (16, 2)
+    tile_rows, tile_blocks = (1, 8) if few else (8, 4)
     grid = (-(-rows // tile_rows) * -(-columns // (128 * tile_blocks)),)
     _rows_kernel[grid](
         x_NC, x_NC.stride(0), row_source_R, values, scales, scale_stride, rows, columns, ROWS=tile_rows,
@@ -185,8 +188,11 @@ def _launch_blocks(
         return
     rows, columns = x.shape[-2:]
     matrices = x.shape[0] if x.dim() == 3 else 1
-    grid = (matrices * -(-rows // 128) * -(-columns // 128),)
-    _blocks_kernel[grid](
-        x, x.stride(0) if x.dim() == 3 else 0, x.stride(-2), values, scales, rows, columns, COLUMNS=columns_alone,
-        TRANSPOSED=transposed, POWER_OF_TWO=power_of_two, INTERPRETED=INTERPRETED, num_warps=8,
+    width = 32 if columns_alone else 128
+    tiles = matrices * -(-rows // 128) * -(-columns // width)
+    programs = min(tiles, 8 * multiprocessors(x.device))
+    _blocks_kernel[(programs,)](
+        x, x.stride(0) if x.dim() == 3 else 0, x.stride(-2), values, scales, rows, columns, tiles, WIDTH=width,
+        COLUMNS=columns_alone, TRANSPOSED=transposed, POWER_OF_TWO=power_of_two, PROGRAMS=programs, STAGES=1,
+        INTERPRETED=INTERPRETED, num_warps=4,
     )  # fmt: skip

@@ -59,7 +59,8 @@ def test_the_layer_is_its_definition_and_near_the_truth(tokens, experts, k, shar
     indices, weights = routing(tokens, experts - shared, k, device)
     found = expert_layer(x, indices, weights, gate_up8, down8, shared)
     expected = expert_layer_reference(x, indices, weights, gate_up8, down8, shared)
-    assert relative(found, expected) < 1e-3
+    # Where a hidden value lies between two codes of e4m3, the last bits of the first product choose: a step of 6%.
+    assert relative(found, expected) < 5e-3
     assert torch.equal(found, expert_layer(x, indices, weights, gate_up8, down8, shared))
     if shared:
         indices = torch.cat([indices, indices.new_full((tokens, 1), experts - 1)], dim=1)
@@ -94,7 +95,7 @@ def test_kernels_and_definition_agree_in_the_module(device):
     assert quantised.path == "kernels"
     by_kernels = quantised(x, route)
     quantised.path = "reference"
-    assert relative(by_kernels, quantised(x, route)) < 1e-3
+    assert relative(by_kernels, quantised(x, route)) < 5e-3
     assert relative(by_kernels, own(x, route)) < 0.1
 
 
