@@ -8,8 +8,8 @@ in datasets.map, its default settings), the same traces. `problems`: near-duplic
 MinHashLSH and rensa's deduplicator, each in a process of its own for its memory.
 
 Real traces (DISTILL_DATA, default ../shared/data) are repeated with their paragraphs in another order and a number in
-problem and response, so that no two are the same text. Printed: traces or problems a second of wall time and of CPU time (all processes; the fairer one on a
-busy machine), and the peak memory of parent and workers.
+problem and response, so that no two are the same text. Printed: traces or problems a second of wall time and of CPU
+time (all processes; the fairer one on a busy machine), and the peak memory of parent and workers.
 """
 
 from __future__ import annotations

@@ -72,7 +72,9 @@ def stage(name: str, folder: Path, count: int) -> None:
         else:
             facts = filtering.run(recipe, run, workers=2)
             done = f"{facts['judged']} verdicts, {facts['accepted']} accepted"
-    print(f"{name}: {count} traces in {clock.wall:,.0f} s, {clock.says(count, 'traces')}; {done}; {peaks()}", flush=True)
+    print(
+        f"{name}: {count} traces in {clock.wall:,.0f} s, {clock.says(count, 'traces')}; {done}; {peaks()}", flush=True
+    )
 
 
 def on_disk(folder: Path) -> int:
@@ -83,7 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory at a million traces; see the module's text.")
     parser.add_argument("--traces", type=int, default=1_000_000)
     parser.add_argument("--chars", type=int, default=1000, help="least length of a reasoning")
-    parser.add_argument("--folder", default=None, help="where there is room; the system's temporary folder if not given")
+    parser.add_argument(
+        "--folder", default=None, help="where there is room; the system's temporary folder if not given"
+    )
     parser.add_argument("--stage")
     chosen = parser.parse_args()
     if chosen.stage:
