@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from distill.generation.accounts import Accounts
 from distill.generation.asks import Flight, PlannedAsks
-from distill.generation.budget import Spending
+from distill.generation.budget import Spending, Spent
 from distill.generation.finished import Finished
 from distill.generation.interrupts import draining
 from distill.generation.logprobs import LogprobsWriter
@@ -83,10 +83,10 @@ class _Stage:
         if failures.is_file():
             failed = sum(row["cost"] for _, row in read_jsonl(failures, torn_ok=True))
         price = max((endpoint.completion_price for endpoint in self.recipe.teacher.endpoints), default=0.0)
-        return Spending(
-            self.recipe.budget, found.lines, found.cost + failed, found.tokens, lambda: self.accounts.spent.hours,
-            worst_cost=price * settings.max_tokens / 1e6, worst_tokens=settings.max_tokens,
-        )  # fmt: skip
+        cost = Spent(price * settings.max_tokens / 1e6, *found.cost, samples=found.lines)
+        cost.total += failed
+        tokens = Spent(settings.max_tokens, *found.tokens, samples=found.lines)
+        return Spending(self.recipe.budget, cost, tokens, lambda: self.accounts.spent.hours)
 
     def generate(self) -> None:
         """Ask the teacher until nothing is missing, or it is to stop."""

@@ -41,7 +41,8 @@ def number(identity: str) -> int:
 class Finished:
     """The samples in a traces.jsonl whose torn tail has been cut. Raises UserError naming a line that is no trace.
 
-    Holds 16 bytes of each: what is added while it is open is only written, and seen by who opens it next.
+    `cost` and `tokens` are sums over all `lines`, and sums of squares. Holds 20 bytes of each line: what is added while
+    it is open is only written, and seen by who opens it next.
     """
 
     def __init__(self, traces: Path) -> None:
@@ -60,8 +61,9 @@ class Finished:
             write_atomic(self._index, [_MAGIC, rows.tobytes()])
         self._handle = os.open(self._index, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self.lines = len(rows)
-        self.cost = float(rows["cost"].sum())
-        self.tokens = int(rows["prompt"].sum(dtype=np.int64) + rows["generated"].sum(dtype=np.int64))
+        self.cost = rows["cost"].sum(), np.square(rows["cost"]).sum()
+        tokens = rows["prompt"].astype(np.float64) + rows["generated"]
+        self.tokens = tokens.sum(), np.square(tokens).sum()
         self._ids, first = np.unique(rows["id"], return_index=True)
         self._offsets = rows["offset"][first]
         self._generated = rows["generated"][first]

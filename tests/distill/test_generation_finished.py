@@ -76,8 +76,8 @@ def test_what_is_added_while_it_is_open_is_known_at_the_next_opening(path, monke
 
 def test_sums_are_over_all_lines(path):
     finished = Finished(path)
-    assert (finished.lines, finished.cost) == (100, 50.0)
-    assert finished.tokens == sum(n + 5 for n in range(100, 200))
+    assert (finished.lines, finished.cost) == (100, (50.0, 25.0))
+    assert finished.tokens == (sum(n + 5 for n in range(100, 200)), sum((n + 5) ** 2 for n in range(100, 200)))
 
 
 def shorter(path):
