@@ -246,7 +246,7 @@ def test_what_costs_nothing_is_not_bounded_by_money():
 
 
 def test_a_stream_of_long_and_short_samples_keeps_to_the_budget():
-    """Many at once, each as long as it takes. A limit of a few samples a place is met less well: little is known yet."""
+    """Many at once, each as long as it takes. A limit of a few samples a place is met less well."""
     rng = random.Random(1)
     for limit, over in ((30_000, 1.25), (300_000, 1.02), (3_000_000, 1.005)):
         known, flying, clock = spending({"tokens": limit}), [], 0
