@@ -23,6 +23,8 @@ def test_every_fault_is_of_one_kind():
 
 
 def meet(zygote, folder, faults, stream, api="chat", problems=30):
+    if not stream:
+        faults = [fault for fault in faults if fault not in STREAMED_FAILURES]
     with FaultServer(folder / "log", faults) as server:
         tokenizer = "tiny-r1" if api == "completions" else None
         run = Run(folder, [server], problems=problems, samples=2, stream=stream, api=api, tokenizer=tokenizer)
@@ -51,6 +53,8 @@ def test_completions_meet_the_same(zygote, tmp_path):
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 @pytest.mark.parametrize("fault", ANSWERS)
 def test_all_samples_finish_in_spite_of_one(fault, stream, zygote, tmp_path):
+    if fault in STREAMED_FAILURES and not stream:
+        pytest.skip("a fault of streams")
     rows, events = meet(zygote, tmp_path, [fault], stream)
     if fault in OUTCOMES:
         ends = [row["finish_reason"] for row in rows]
