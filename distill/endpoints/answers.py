@@ -171,8 +171,7 @@ class Stream:
                 self._ended = True
             elif self._ended and payload:
                 raise Failure("reordered_chunks", "an event after [DONE]", usage=self._answer.usage)
-            elif payload:
-                self._event(payload)
+            elif payload and self._event(payload):
                 self._learn(line)
         elif line.startswith(b"id:"):
             # An event that is sent again has the same id; no two others have.
@@ -181,7 +180,8 @@ class Stream:
             self._last_event_id = line
         return end + 1
 
-    def _event(self, payload: bytes) -> None:
+    def _event(self, payload: bytes) -> bool:
+        """Whether it brought nothing but text."""
         body, valid = _load(payload)
         answer = self._answer
         answer.invalid |= not valid
@@ -200,6 +200,7 @@ class Stream:
             self._latest = latest
         if answer.finish is not None:
             self._last_end = payload
+        return answer.finish is None and not answer.top and body.get("usage") is None
 
     def _learn(self, line: bytes) -> None:
         """The shape of an event that brought one piece of text, for `_run`."""
@@ -208,7 +209,7 @@ class Stream:
             self._shape = None  # of a server that words each event anew
             return
         found = list(_TEXT_FIELD.finditer(line))
-        if len(found) != 1 or b'"logprobs":{' in line or b'"usage":{' in line or b'"finish_reason":"' in line:
+        if len(found) != 1:
             return
         text = _STRING.match(line, found[0].end())
         assert text is not None

@@ -67,6 +67,14 @@ def test_events_that_are_read_together_are_not_taken_for_text_when_they_are_not(
         streamed([plain, plain, plain, broken, plain, plain])
 
 
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+@pytest.mark.parametrize("path", [CHAT, "/completions"])
+def test_the_end_twice_is_found_in_any_wording(path, separators):
+    events = [as_event(delta, path) for delta in [*deltas("abcdef"), *[{"finish_reason": "stop"}] * 2]]
+    with pytest.raises(Exception, match="duplicated_chunks"):
+        streamed([b"data: " + json.dumps(event, separators=separators).encode() + b"\n\n" for event in events])
+
+
 def test_other_choices_are_not_ours():
     other = sse(as_event({"content": "no"}, CHAT)).replace(b'"index":0', b'"index":1')
     assert "".join(streamed([{"content": "yes"}, other, {"content": "!"}]).content) == "yes!"

@@ -13,6 +13,11 @@ from distill.errors import UserError
 from tests.distill.endpoints.scripted import Server, Source, as_event, ask, deltas, replies, sse, teacher, whole
 
 
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr("distill.endpoints.client._FIRST_PAUSE", 0.02)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_each_ask_gets_its_reply(stream):
     with Server(lambda r: r.say(f"thought\n</think>\n\n{r.body['seed']}")) as server:
@@ -275,15 +280,15 @@ def test_a_key_in_a_streams_error_is_not_repeated(monkeypatch):
 
 
 def test_a_server_that_only_turns_away_is_down_at_last():
-    """A gateway without anything behind it; samples in hand are not used up against it."""
+    """A gateway without anything behind it: samples wait for it then, and are not used up."""
+    backends = []
 
     def answer(request):
-        request.send(503, {}) if request.number < 150 else request.say()
+        request.say() if backends[0]._endpoints[0].downs else request.send(503, {})
 
     with Server(answer) as server:
-        backend = open_endpoints(teacher(server, attempts=1000))
-        found = [reply for batch in backend.generate(Source(map(ask, range(40)))) for reply in batch]
-    assert backend._endpoints[0].downs >= 1
+        backends.append(open_endpoints(teacher(server, attempts=200)))
+        found = [reply for batch in backends[0].generate(Source(map(ask, range(40)))) for reply in batch]
     assert {reply.finish_reason for reply in found} == {"stop"}
 
 
