@@ -3,7 +3,8 @@
     python -m tests.bench.sft_gpu [full-1.5b] [lora-7b] [--tokens 16384] [--steps 6] [--out sft_gpu.json]
 
 Weights are random in the shapes of Qwen2.5-1.5B and 7B, tokens too; examples have lengths as R1's traces have
-(log-normal, median 3,000 tokens, at most `--tokens`). Ours packs them into a row of `--tokens`; transformers gets a row an example,
+(log-normal, median 3,000 tokens, at most `--tokens`). Ours packs them into a row of `--tokens`; transformers gets a row
+an example,
 padded to the longest of a batch of as many slots, with its own loss and scaled_dot_product_attention, AdamW alike.
 
 Counted are tokens that are not padding. MFU: (6 x weights that multiply + 12 x layers x hidden x mean context) FLOP a
