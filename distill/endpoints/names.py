@@ -29,11 +29,13 @@ class Names:
         self._exact = False  # a reply named the model as we do
         self.listed = False  # GET /models has been looked at
 
+    def knows(self, said: str | None) -> bool:
+        return said is None or said in self._known or _same(said, self._asked)
+
     def accepts(self, said: str | None) -> bool:
-        if said is None or said == self._asked:
-            self._exact = self._exact or said is not None
-            return True
-        if said in self._known or _same(said, self._asked):
+        """Whether a reply that names its model so (None: not at all) counts. To be called once a reply."""
+        self._exact = self._exact or said == self._asked
+        if said is None or self.knows(said):
             return True
         if len(self._others) < _AGREEING:  # else they agree on nothing
             self._others[said] += 1

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from distill.endpoints.dial import Address
+from distill.endpoints.failures import TooLong
 from distill.errors import UserError
 from distill.reasoning import OPEN
 from distill.recipe_teacher import Teacher
@@ -90,3 +91,16 @@ def _prefix(address: Address) -> dict[str, Any]:
             )
         return {**turn, "prefix": True}
     return turn
+
+
+def room_for(ask: Ask, max_tokens: int, error: TooLong) -> int | None:
+    """Tokens that a reply may have, where the server said so and it is fewer than it was asked for; else None."""
+    if error.limit is None:
+        return None
+    if error.exact and error.prompt is not None:
+        rooms = [error.limit - error.prompt]
+    else:
+        # No token is shorter than a byte, and few prompts have more than one in two bytes.
+        size = sum(len(message["content"].encode()) for message in ask.messages) + 64
+        rooms = [error.limit - size, error.limit - size // 2]
+    return next((room for room in rooms if 1 <= room < max_tokens), None)

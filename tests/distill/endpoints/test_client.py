@@ -15,7 +15,7 @@ from tests.distill.endpoints.scripted import Server, Source, as_event, ask, delt
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr("distill.endpoints.client._FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("distill.endpoints.work._FIRST_PAUSE", 0.02)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -380,6 +380,30 @@ def test_without_any_endpoint_it_waits_and_says_so_once(capsys):
     assert [r.attempts for r in found] == [1] * 10
     said = capsys.readouterr().err
     assert said.count("no endpoint is up") == 1 and "refused" in said and "is up again" in said
+
+
+def test_an_endpoint_that_was_down_is_looked_for_by_the_next_call():
+    server = Server()
+    server.stop()
+    backend = open_endpoints(teacher(server))
+    work = backend.generate(Source([ask()]))
+    while backend.states()[server.url].up:
+        next(work)
+    work.close()
+    with Server(port=server.port):
+        found = [reply for batch in backend.generate(Source([ask()])) for reply in batch]
+    assert found[0].finish_reason == "stop"
+
+
+def test_what_goes_wrong_in_the_source_is_raised():
+    class Broken(Source):
+        def take(self, most):
+            if len(self.left) < 5:
+                raise OSError("no space left")
+            return super().take(1)
+
+    with Server() as server, pytest.raises(OSError, match="no space left"):
+        list(open_endpoints(teacher(server)).generate(Broken(map(ask, range(10)))))
 
 
 def test_it_does_not_wait_for_ever():
