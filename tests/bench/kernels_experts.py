@@ -44,7 +44,7 @@ def checks(bench: Bench) -> Iterator[Check]:
         ("weights", quantize_weights(x), quantize(x, WEIGHT_BLOCK)),
         ("weights transposed", quantize_weights(x, transposed=True), quantize(x.t(), WEIGHT_BLOCK)),
     ):
-        codes = (found[0].view(torch.uint8) != expected[0].contiguous().view(torch.uint8)).sum()
+        codes = (found[0].contiguous().view(torch.uint8) != expected[0].contiguous().view(torch.uint8)).sum()
         yield Check(f"quantise {name}: values that differ", float(codes + (found[1] != expected[1]).sum()), 0)
     for counts, starts in (
         ([577, 0, 1, 1088], None),

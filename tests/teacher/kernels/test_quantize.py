@@ -22,7 +22,7 @@ def same(found, expected):
     (values, scale), (wanted, wanted_scale) = found, expected
     assert values.dtype == FP8 and values.shape == wanted.shape and scale.shape == wanted_scale.shape
     assert torch.equal(scale, wanted_scale)
-    assert torch.equal(values.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+    assert torch.equal(values.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8))
     assert wanted.float().abs().sum() > 0
 
 
