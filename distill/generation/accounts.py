@@ -62,7 +62,9 @@ class Accounts:
         self._now = time.monotonic()
 
     def __enter__(self) -> "Accounts":
-        self._record.starts += self._wanted > self._done
+        if self._wanted > self._done:
+            self._record.starts += 1
+            self._save()  # where the folder takes no new file, that is known before anything is asked
         self._now = self._shown = self._saved = time.monotonic()
         self._counted = self._amount
         self._recent = Recent(self._now, self._amount)

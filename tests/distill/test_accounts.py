@@ -186,8 +186,9 @@ def test_a_kill_loses_the_last_seconds_only(tmp_path, clock):
 
 
 def test_an_error_under_way_is_the_one_told_and_accounts_are_kept_where_they_can_be(tmp_path, monkeypatch):
-    def go_away():
+    def go_away(first=lambda: None):
         with Accounts(Run(tmp_path), 5, 0) as accounts:
+            first()
             accounts.add([reply("a")])
             raise ConnectionError("no endpoint is up")
 
@@ -198,9 +199,8 @@ def test_an_error_under_way_is_the_one_told_and_accounts_are_kept_where_they_can
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Record, "save", full)
     with pytest.raises(ConnectionError):
-        go_away()
+        go_away(lambda: monkeypatch.setattr(Record, "save", full))
     with pytest.raises(OSError, match="No space"), Accounts(Run(tmp_path), 5, 0):
         pass
 

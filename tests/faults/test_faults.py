@@ -44,6 +44,7 @@ def test_all_samples_finish_in_spite_of(group, stream, zygote, tmp_path):
     meet(zygote, tmp_path, GROUPS[group], stream, problems=problems.get(group, 30))
 
 
+@pytest.mark.slow  # it imports transformers, for the chat template
 def test_completions_meet_the_same(zygote, tmp_path):
     faults = [name for name in ANSWERS if name not in SLOW and name not in ("refusal",)]  # chat alone has refusals
     meet(zygote, tmp_path, faults, True, api="completions", problems=60)

@@ -23,8 +23,9 @@ def warm() -> None:
         "distill.problems", "distill.recipe_load", "distill.traces",
     ):  # fmt: skip
         importlib.import_module(name)
-    client = importlib.import_module("distill.endpoints.client")
-    client._FIRST_PAUSE /= 10  # of the back-off, which doubles: of many samples some fail five times in a row
+    importlib.import_module(
+        "distill.endpoints.work"
+    )._FIRST_PAUSE /= 10  # of the back-off, which doubles: of many samples some fail five times in a row
 
 
 def child(job: dict[str, Any]) -> None:
