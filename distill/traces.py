@@ -186,7 +186,7 @@ class _Stage:
 
     def _why(self, missing: int) -> str:
         """One sentence: what there is, what is missing, and what helps."""
-        asks, attempts = self.asks, self.recipe.teacher.attempts
+        asks = self.asks
         count = f"{asks.done} of {asks.wanted} samples are there, {self.made} of them new, and {missing} are missing"
         if asks.drained:
             return f"stopped as asked: {count}; the same command goes on from here"
@@ -196,10 +196,9 @@ class _Stage:
                 "`distill filter` and what is there"
             )
         assert asks.failed, f"the teacher left {missing} of {asks.wanted} samples unanswered"
-        worst, _ = asks.errors.most_common(1)[0]
         return (
-            f"{asks.failed} of {asks.wanted} samples failed after {attempts} attempts: most often {worst!r}; {count}; "
-            "run again to go on"
+            f"{asks.failed} of {asks.wanted} samples failed after {self.recipe.teacher.attempts} attempts: most often "
+            f"{asks.usual_error!r}; {count}; run again to go on"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+from distill.generation.accounts import error_kind
 from distill.generation.budget import Spending
 from distill.generation.finished import Finished
 from distill.generation.plan import Planner
@@ -72,7 +73,8 @@ class PlannedAsks:
         self._lock = threading.RLock()
         self.wanted, self.done = found.wanted, found.done
         self.failed = 0
-        self.errors: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._said: dict[str, str] = {}  # of each kind of error, the first
         self.drained = self.out_of_budget = False
 
     # The teacher's
@@ -130,10 +132,17 @@ class PlannedAsks:
         """A sample failed; it is left for the next start, and so is what its problem may need after it."""
         with self._lock:
             self.failed += 1
-            self.errors[(error or "no reason given")[:200]] += 1
+            kind = error_kind(error)
+            self._errors[kind] += 1
+            self._said.setdefault(kind, (error or kind)[:200])
             if flight.place in self._begun:
                 self._begun[flight.place].failed = True
                 self._one_less(flight.place)
+
+    @property
+    def usual_error(self) -> str:
+        """What was said of a sample that failed for the commonest reason."""
+        return self._said[self._errors.most_common(1)[0][0]]
 
     def finished(self, traces: Sequence[tuple[Flight, Trace]]) -> None:
         """These are on the disk."""

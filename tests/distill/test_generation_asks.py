@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from distill import problems, traces
+from distill.__main__ import explain
 from distill.errors import Unfinished, UserError
 from distill.generation.asks import ListedAsks
 from distill.generation.budget import Spending, Spent
@@ -382,10 +383,11 @@ def test_a_run_stops_there_with_a_sentence(tmp_path, monkeypatch):
     with open_run(tmp_path, recipe) as run:
         problems.run(recipe, run)
         install(monkeypatch, FakeTeacher(right_reply(problems.read_problems(run.path("problems.jsonl")))))
-    with pytest.raises(
-        Unfinished, match=r"traces: stopped by the budget, for budget.tokens 100 .* are missing; raise it"
-    ):
+    with pytest.raises(Unfinished) as stopped:
         run_stages(["problems", "traces", "filter"], recipe, tmp_path)
+    code, sentence = explain(stopped.value)
+    assert code == 1 and sentence.startswith("traces: stopped by the budget, for budget.tokens 100 has room for no")
+    assert "are missing; raise it and start again, or go on with `distill filter`" in sentence
     assert not (tmp_path / "verdicts.jsonl").exists()
 
 

@@ -38,11 +38,13 @@ def test_teacher_train_makes_a_folder_that_answers(tmp_path):
     assert "was never trained on" in (out / "README.md").read_text()
 
     from distill.embedded import EmbeddedTeacher
+    from distill.generation.asks import ListedAsks
     from distill.recipe import Teacher
     from distill.records import Ask
 
     teacher = EmbeddedTeacher(Teacher(kind="embedded", model=str(out)))
-    (reply,) = teacher.generate([Ask("a", [{"role": "user", "content": "1 + 1 ="}], 0.6, 0.95, 5, 0)])
+    asks = ListedAsks([Ask("a", [{"role": "user", "content": "1 + 1 ="}], 0.6, 0.95, 5, 0)])
+    (reply,) = (reply for batch in teacher.generate(asks) for reply in batch)
     assert reply.finish_reason in ("stop", "length")
 
 

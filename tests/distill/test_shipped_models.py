@@ -48,13 +48,15 @@ def test_the_teacher_computes_in_transformers_what_it_computes_here():
 
 def test_the_teacher_solves_an_easy_problem_and_a_base_does_not():
     from distill.embedded import EmbeddedTeacher
+    from distill.generation.asks import ListedAsks
     from distill.recipe import Teacher
     from distill.records import Ask
 
     problem = "Solve the following multiplication: 17 * 42. Give only the result as your final answer."
     messages = [{"role": "user", "content": problem}]
     teacher = EmbeddedTeacher(Teacher(kind="embedded", model="tiny-r1"))
-    replies = teacher.generate([Ask(str(n), messages, 0.6, 0.95, 200, n) for n in range(8)])
+    asks = ListedAsks([Ask(str(n), messages, 0.6, 0.95, 200, n) for n in range(8)])
+    replies = [reply for batch in teacher.generate(asks) for reply in batch]
     assert sum(reply.text.count(r"\boxed{714}") for reply in replies) >= 6
 
     folder = resolve_model("tiny-qwen")
