@@ -131,8 +131,10 @@ def test_traces_through_a_server_that_is_killed_and_comes_again(vllm_python, rec
     assert processes_of(os.getpid()) == []
 
 
-def test_rope_that_is_not_scaled_is_right_on_a_cpu(vllm_python, tmp_path, monkeypatch):
-    """vLLM's trap: eager DeepSeek with plain RoPE is silently wrong there, unless told otherwise."""
+@pytest.mark.parametrize("speculate", [0, 1])
+def test_rope_that_is_not_scaled_is_right_on_a_cpu(speculate, vllm_python, tmp_path, monkeypatch):
+    """vLLM's trap: eager DeepSeek with plain RoPE is silently wrong there, unless told otherwise. With the model's own
+    MTP layer drafting it is the same text, as greedy speculation must be."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     folder = Path(shutil.copytree(resolve_model("tiny-r1"), tmp_path / "plain"))
@@ -143,7 +145,8 @@ def test_rope_that_is_not_scaled_is_right_on_a_cpu(vllm_python, tmp_path, monkey
     ]
     settings = {"model": str(folder), "dtype": "float32", "batch_size": 16}
     theirs = open_vllm(
-        Teacher(kind="vllm", vllm={"python": vllm_python, "args": ARGS}, **settings), Sampling(samples=1, max_tokens=48)
+        Teacher(kind="vllm", vllm={"python": vllm_python, "args": ARGS, "speculate": speculate}, **settings),
+        Sampling(samples=1, max_tokens=48),
     )
     got, want = (
         {reply.id: reply for batch in teacher.generate(Listed(asks)) for reply in batch}
