@@ -2,7 +2,7 @@
 
 Three things differ between disk and memory. On disk each expert has its own gate, up and down matrix; in memory a
 layer's experts are stacked. On disk an MTP module carries copies of embedding and head; in memory it uses the main
-model's. On disk a matrix may be in block FP8 (`teacher.fp8`) with its scales beside it; in memory it is not.
+model's. On disk a matrix may be in block FP8 (`teacher.fp8`) with its scales beside it; in memory it is not, unless experts are asked for so.
 Reading: `teacher.checkpoint_read`. Writing: `teacher.checkpoint_write`.
 """
 
@@ -21,6 +21,7 @@ from teacher.config import DeepseekV3Config
 from teacher.experts import Experts
 from teacher.fp8 import WEIGHT_BLOCK
 from teacher.model import DeepseekV3
+from teacher.quantized_experts import QuantizedExperts
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -93,8 +94,10 @@ def disk_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
     modules = dict(model.named_modules())
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        if not isinstance(modules[owner], Experts):
+        if not isinstance(modules[owner], Experts | QuantizedExperts):
             yield name, tensor
+            continue
+        if leaf.endswith("_scale"):
             continue
         for expert in range(tensor.shape[0]):
             if leaf == "down_proj":
@@ -103,6 +106,17 @@ def disk_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
                 gate, up = tensor[expert].chunk(2)
                 yield f"{owner}.{expert}.gate_proj.weight", gate
                 yield f"{owner}.{expert}.up_proj.weight", up
+
+
+def expert_scales(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
+    """The scales of experts that are held in FP8, by their matrices' names on disk, as views into the model."""
+    for owner, module in model.named_modules():
+        if isinstance(module, QuantizedExperts):
+            for expert in range(len(module.down_proj)):
+                gate, up = module.gate_up_scale[expert].chunk(2)
+                yield f"{owner}.{expert}.gate_proj.weight", gate
+                yield f"{owner}.{expert}.up_proj.weight", up
+                yield f"{owner}.{expert}.down_proj.weight", module.down_scale[expert]
 
 
 def mtp_copies(config: DeepseekV3Config) -> dict[str, str]:

@@ -12,16 +12,25 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from teacher.checkpoint import SCALE, Stored, checkpoint_files, disk_tensors, mtp_copies, stored_tensors
+from teacher.checkpoint import (
+    SCALE,
+    Stored,
+    checkpoint_files,
+    disk_tensors,
+    expert_scales,
+    mtp_copies,
+    stored_tensors,
+)
 from teacher.config import DeepseekV3Config
-from teacher.fp8 import dequantize, scale_shape
+from teacher.fp8 import WEIGHT_BLOCK, dequantize, quantize, scale_shape
 from teacher.model import DeepseekV3
+from teacher.quantized_experts import quantize_experts
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
@@ -30,15 +39,23 @@ _WINDOW = 64 * 1024**2
 
 
 def load_checkpoint(
-    source: str | Path | DeepseekV3Config, dtype: torch.dtype | str | None, device: torch.device | str
+    source: str | Path | DeepseekV3Config,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str,
+    experts: Literal["fp8"] | None = None,
 ) -> DeepseekV3:
     """See `teacher.load_model`."""
     wanted = _torch_dtype(dtype)
+    if experts not in ("fp8", None):
+        raise ValueError(f"experts is {experts!r}; expected 'fp8' or None")
     if isinstance(source, DeepseekV3Config):
-        return _fresh(source, wanted or torch.float32, torch.device(device))
+        model = _fresh(source, wanted or torch.float32, torch.device(device))
+        if experts == "fp8":
+            quantize_experts(model)
+        return model
     source = Path(source)
     if source.suffix == ".json":
-        return load_checkpoint(DeepseekV3Config.from_json(source), wanted, device)
+        return load_checkpoint(DeepseekV3Config.from_json(source), wanted, device, experts)
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder; expected a model folder with config.json and safetensors")
     config = DeepseekV3Config.from_json(source)
@@ -51,6 +68,10 @@ def load_checkpoint(
         warnings.warn(message, stacklevel=3)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     model = DeepseekV3.on_meta(dataclasses.replace(config, quantization_config=None))
+    if experts == "fp8":
+        if block not in (None, WEIGHT_BLOCK):
+            raise ValueError(f"{source}: its FP8 blocks are {list(block or ())}; experts kept in FP8 want [128, 128]")
+        quantize_experts(model)
     expected = {name: list(tensor.shape) for name, tensor in disk_tensors(model)}
     copies = mtp_copies(config)
     _check(source, config, expected | {copy: expected[name] for copy, name in copies.items()}, stored, set(copies))
@@ -169,7 +190,14 @@ def _fill(model: DeepseekV3, stored: dict[str, Stored], block: tuple[int, int] |
         if not (scale.isfinite() & (scale >= 0)).all():
             raise ValueError(f"{stored[name].path}: {name} holds a scale that is negative or not finite")
 
+    kept = dict(expert_scales(model))  # of matrices that stay in FP8
+
     def put(name: str, tensor: Tensor, place: Tensor) -> None:
+        if name in kept:
+            values, scale = (tensor, scales[name]) if name in scales else quantize(tensor.to(place.device))
+            place.copy_(values)
+            kept[name].copy_(scale)
+            return
         if name not in scales:
             place.copy_(tensor)
             return

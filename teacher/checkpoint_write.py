@@ -24,6 +24,7 @@ from teacher.checkpoint import (
     SCALE,
     SINGLE,
     disk_tensors,
+    expert_scales,
     is_fp8_matrix,
     mtp_copies,
 )
@@ -41,6 +42,8 @@ def save_checkpoint(
     fp8: bool = False,
 ) -> None:
     """See `DeepseekV3.save_pretrained`. A shard holds at most `shard_bytes` of tensors, or one tensor."""
+    if next(expert_scales(model), None) is not None:
+        raise ValueError("a model that was loaded with experts in FP8 is for inference; save one loaded without")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or model.lm_head.weight.dtype

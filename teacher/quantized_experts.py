@@ -35,13 +35,12 @@ def chosen_path(device: torch.device) -> str:
     return "reference"
 
 
-def quantize_experts(model: nn.Module) -> int:
-    """Replace the routed experts of every MoE layer by their FP8 form, layer by layer; how many layers there were."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    for layer in layers:
+def quantize_experts(model: nn.Module) -> None:
+    """Replace the routed experts of every MoE layer by their FP8 form, layer by layer. On meta, where there are no
+    values, by room for it."""
+    for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         assert isinstance(layer.experts, Experts)
         layer.experts = QuantizedExperts.of(layer.experts)  # type: ignore[assignment]
-    return len(layers)
 
 
 def expert_layer_reference(
@@ -75,15 +74,14 @@ def _rounded(x: Tensor) -> Tensor:
 class QuantizedExperts(nn.Module):
     """The routed experts of one layer with weights in FP8, in place of `teacher.experts.Experts`. For inference.
 
-    On a Hopper GPU the kernels run; elsewhere the definition does, one expert at a time, which is right and slow. Which
-    one is decided here, once, and logged once a process. A shape that the kernels do not take is refused here.
+    Which path runs is `chosen_path`'s decision, once a process. A shape that the kernels do not take is refused here,
+    wherever the model lies.
     """
 
     def __init__(self, experts: int, hidden: int, inner: int, device: torch.device | str) -> None:
         super().__init__()
         place = torch.device(device)
-        self.path = chosen_path(place)
-        if self.path == "kernels" and (hidden % 16 or inner % 16):
+        if hidden % 16 or inner % 16:
             raise ValueError(f"experts of hidden size {hidden} and intermediate size {inner}; taken: multiples of 16")
 
         def values(*shape: int) -> Tensor:
@@ -93,6 +91,10 @@ class QuantizedExperts(nn.Module):
             return torch.empty(*shape, dtype=torch.float32, device=place)
 
         half = scale_shape((experts, inner, hidden))
+        self.gate_up_proj: Tensor
+        self.gate_up_scale: Tensor
+        self.down_proj: Tensor
+        self.down_scale: Tensor
         self.register_buffer("gate_up_proj", values(experts, 2 * inner, hidden))
         self.register_buffer("gate_up_scale", scales(half[0], 2 * half[1], half[2]))
         self.register_buffer("down_proj", values(experts, hidden, inner))
@@ -104,11 +106,12 @@ class QuantizedExperts(nn.Module):
         """The same experts, quantised one matrix at a time."""
         count, hidden, inner = experts.down_proj.shape
         made = cls(count, hidden, inner, experts.down_proj.device)
+        if experts.down_proj.is_meta:
+            return made
         for e in range(count):
-            for half, (part, block) in enumerate(
-                zip(made.gate_up_proj[e].chunk(2), made.gate_up_scale[e].chunk(2), strict=True)
-            ):
-                _put(experts.gate_up_proj[e, half * inner : (half + 1) * inner], part, block)
+            for half in (0, 1):
+                weight = experts.gate_up_proj[e].chunk(2)[half]
+                _put(weight, made.gate_up_proj[e].chunk(2)[half], made.gate_up_scale[e].chunk(2)[half])
             _put(experts.down_proj[e], made.down_proj[e], made.down_scale[e])
         return made
 
@@ -116,7 +119,7 @@ class QuantizedExperts(nn.Module):
         if torch.is_grad_enabled() and x_NH.requires_grad:
             raise ValueError("experts quantised to FP8 have no backward; train with fp8 = true in the training config")
         gate_up, down = Fp8(self.gate_up_proj, self.gate_up_scale), Fp8(self.down_proj, self.down_scale)
-        if self.path == "reference":
+        if chosen_path(x_NH.device) == "reference":
             return expert_layer_reference(x_NH, routing.indices_NK, routing.weights_NK, gate_up, down).to(x_NH.dtype)
         from teacher.kernels.expert_layer import expert_layer
 

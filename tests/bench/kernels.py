@@ -25,7 +25,7 @@ from tests.bench.kernels_timing import FP8_PEAK, Bench, Ceilings, Row
 PARTS = ("experts", "mla")
 
 
-def about(commit: str | None) -> dict[str, str]:
+def about(commit: str | None, command: str = "tests.bench.kernels") -> dict[str, str]:
     """Where and with what the figures came to be."""
     import triton
 
@@ -40,7 +40,7 @@ def about(commit: str | None) -> dict[str, str]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "commit": commit or said("git", "rev-parse", "--short", "HEAD"),
-        "command": "python -m tests.bench.kernels " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m", command, *sys.argv[1:]]),
     }
 
 
@@ -99,17 +99,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"copy {ceilings.copy_bytes / 1e12:.2f} TB/s, bf16 product {ceilings.bf16_flops / 1e12:.0f} TFLOP/s", flush=True
     )
-    rows: list[Row] = []
     for part in parts:
         for row in part.rows(bench):
-            rows.append(row)
             found["rows"].append(row.as_dict())
             print(line(row, ceilings), flush=True)
             keep()
     if chosen.plot:
         from tests.bench.kernels_roofline import draw
 
-        draw(rows, ceilings, found["about"], chosen.plot)
+        draw(found, chosen.plot)
     return 0
 
 

@@ -25,31 +25,43 @@ from tests.bench.kernels_timing import Bench, Row
 
 # Kind, N and K; a SwiGLU's matrices have 2 N rows.
 PRODUCTS = (("swiglu", INNER, HIDDEN), ("gemm", HIDDEN, INNER), ("gemm", 2 * INNER, HIDDEN))
-# Rows an expert up to which a measurement holds, and how it is measured: tokens routed over 256 experts, or all equal.
-DECODE = ((0.05, 1), (0.5, 8), (2.0, 32), (4.0, 128), (8.0, 256), (16.0, 512))
-PREFILL = ((256.0, 256), (1e9, 4096))
+# Rows an expert up to which a measurement holds, and how it is made: so many tokens routed over 256 experts, or so many
+# rows for each of 8.
+DECODE = (
+    (0.05, 1),
+    (0.5, 8),
+    (2.0, 32),
+    (4.0, 128),
+    (8.0, 256),
+    (16.0, 512),
+    (32.0, 1024),
+    (64.0, 2048),
+    (128.0, 4096),
+)
+PREFILL = ((512.0, 512), (1e9, 4096))
 
 
 def candidates(kind: str, average: float) -> Iterator[Tile]:
     """Tiles worth trying for so many rows an expert."""
     pair = 2 if kind == "swiglu" else 1
-    if average <= 16:
-        for least in (16, 32) if average <= 4 else (16, 32, 64):
-            for resident, stages, warps in ((1, 6, 4), (1, 8, 4), (2, 4, 4), (2, 3, 4), (1, 6, 8)):
-                if least * 128 + pair * 128 * 128 <= 220_000 // (stages * resident):
-                    yield Tile(least, 128, pair, True, 64, resident, warps, stages)
-        if kind == "gemm":
-            for resident, stages in ((2, 6), (3, 6), (4, 4), (3, 4)):
-                yield Tile(16, 64, 1, True, 64, resident, 4, stages)
+    if average <= 64:
+        for least in (16, 32, 64):
+            if average / 2 <= least <= max(16, 8 * average):
+                for resident, stages in ((2, 4), (2, 3)):
+                    if least * 128 + pair * 128 * 128 <= 220_000 // (stages * resident):
+                        yield Tile(least, 128, pair, True, 64, resident, 4, stages)
+        if kind == "gemm" and average <= 16:
+            yield Tile(16, 64, 1, True, 64, 4, 4, 4)
+            yield Tile(32, 64, 1, True, 64, 4, 4, 4)
+    if average > 8:
         yield Tile(64, 128, pair, False, 64, 1, 4, 5 if pair == 1 else 4)
-        return
-    for group in (8, 16):
-        yield Tile(128, 128, 2, False, group, 1, 8, 4)
-        yield Tile(128, 128, 2, False, group, 1, 8, 4, specialize=True)
-    yield Tile(128, 128, 2, False, 4, 1, 8, 4, specialize=True)
-    if kind == "gemm":
-        yield Tile(128, 128, 1, False, 8, 1, 8, 5)
-        yield Tile(64, 128, 1, False, 16, 3, 4, 3)
+        if kind == "gemm":
+            yield Tile(64, 128, 1, False, 16, 3, 4, 3)
+    if average > 32:
+        for group in (8, 16):
+            yield Tile(128, 128, 2, group=group, stages=4, specialize=True)
+    if average > 256:
+        yield Tile(128, 128, 2, group=8, stages=4)
 
 
 def measure(bench: Bench, kind: str, n: int, k: int, x: Fp8, w: Fp8, groups: Groups, tile: Tile, label: str) -> Row:
@@ -70,6 +82,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--all", type=Path, help="every measurement, not the best alone")
     options.add_argument("--only", choices=("gemm", "swiglu"))
+    options.add_argument("--commit", help="name of the code under test, where git does not know it")
     options.add_argument("--few", action="store_true", help="the first of each list alone: a rehearsal")
     chosen = options.parse_args()
     bench, best, every = Bench(quick=True), {}, []
@@ -79,7 +92,7 @@ def main() -> None:
         w = stack(EXPERTS, 2 * n if kind == "swiglu" else n, k)
         tiles: list[tuple[float, Tile]] = []
         for up_to, size in (DECODE + PREFILL)[: 1 if chosen.few else None]:
-            if up_to <= 16:
+            if up_to <= 128:
                 indices, _ = routing(size)
                 groups, total = contiguous(indices.flatten().bincount(minlength=EXPERTS).tolist()), size * TOP_K
                 experts, label = w, f"{size} tokens"
@@ -94,14 +107,17 @@ def main() -> None:
                 print(f"{row.kernel:<18} {label:<12} {row.seconds * 1e6:9.1f} us {row.tflops:7.1f} TFLOP/s "
                       f"{row.terabytes:6.3f} TB/s {tile} {row.note}", flush=True)  # fmt: skip
                 if chosen.all:
-                    chosen.all.write_text(json.dumps({"about": about(None), "rows": every}, indent=1) + "\n")
+                    chosen.all.write_text(
+                        json.dumps({"about": about(chosen.commit, "tests.bench.kernels_tune"), "rows": every}, indent=1)
+                        + "\n"
+                    )
             found = [each for each in found if each[0] == each[0]]
             if found:
                 tiles.append((up_to, min(found, key=lambda each: each[0])[1]))
         best[f"{kind} {n} {k}"] = tiles
         del w
     name = torch.cuda.get_device_name().replace(" ", "_")
-    save(chosen.out / f"{name}.json", best, about(None))
+    save(chosen.out / f"{name}.json", best, about(chosen.commit, "tests.bench.kernels_tune"))
 
 
 if __name__ == "__main__":
