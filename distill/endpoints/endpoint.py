@@ -84,8 +84,9 @@ class Endpoint:
 
     async def _exchange(self, request: bytes, most: int, streams: bool = False, top: int = 0) -> Whole | Stream:
         """The body of an answer with status 200, of at most `most` bytes."""
+        stale = False
         while True:
-            connection = self._kept() or await self._connect()
+            connection = (None if stale else self._kept()) or await self._connect()
             # A list, since the sink is chosen when the head is there.
             chosen: list[Whole | Stream] = []
             start = clock()
@@ -103,6 +104,7 @@ class Endpoint:
             try:
                 head = await connection.exchange(request, choose)
             except Stale:
+                stale = True
                 continue
             finally:
                 _, told = self._busy.pop(connection)

@@ -17,6 +17,7 @@ from distill.endpoints.failures import Failure, Stale
 
 _MOST_HEAD = 1 << 16
 _HEX = re.compile(rb"[0-9A-Fa-f]{1,8}")
+_STALE_SECONDS = 1.0  # a kept connection that ends later than this after the request had been alive
 _AFTER_LAST = 0.5  # seconds that a server gets to end a body of which the sink has all it needs
 
 
@@ -110,7 +111,7 @@ class Connection(asyncio.Protocol):
             return
         if self._sink is not None and (self._framing == "close" or self._sink.complete) and error is None:
             self._finish()
-        elif self._head is None and not self._held and self._reused:
+        elif self._reused and self._head is None and not self._held and self._clock() - self.last < _STALE_SECONDS:
             self.fail(Stale())
         else:
             reason = f"{type(error).__name__}: {error}" if error else "the server closed the connection"

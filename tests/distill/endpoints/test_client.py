@@ -234,6 +234,19 @@ def test_a_kept_connection_that_was_closed_costs_no_attempt():
     assert {r.finish_reason for r in found.values()} == {"stop"}
 
 
+def test_a_server_that_dies_of_a_sample_is_not_killed_for_ever():
+    """It closes the connection where it should answer, kept or new: that counts."""
+
+    def answer(request):
+        request.cut() if request.body["seed"] == 10 else request.say()
+
+    with Server(answer) as server:
+        found = replies(teacher(server, attempts=3, endpoints=[{"url": server.url, "concurrency": 2}]), 10)
+    assert found["a3"].error.startswith("connection") and found["a3"].attempts == 3
+    assert sum(r.body["seed"] == 10 for r in server.asked) <= 6
+    assert sum(r.finish_reason == "stop" for r in found.values()) == 9
+
+
 # The user's mistakes.
 
 
