@@ -31,6 +31,7 @@ _AHEAD = 0.25
 # Drawn at once: prompts take a fraction of a millisecond each, and the caller is to hear from us every 0.2 s.
 _DRAWN = 256
 _TICK = 0.1
+_MOST_BACK_OFF = 60.0
 
 
 class EngineDied(OSError):
@@ -144,12 +145,14 @@ class VllmTeacher:
                 self._ready, self._length = True, message["ready"]["max_model_len"]
                 continue
             flight = self._flying.pop(message["id"])
-            if "error" not in message:
+            # vLLM's other ends, "abort" and "error", are its own trouble and no outcome.
+            error = message.get("error") or (None if message["finish"] in ("stop", "length") else message["finish"])
+            if error is None:
                 self._deaths = 0
                 replies.append(self._reply(flight, message))
             else:
                 self._errors["engine"] = self._errors.get("engine", 0) + 1
-                replies += self._again(flight, f"engine: {message['error']}")
+                replies += self._again(flight, f"engine: {error}")
         return replies + self._bury() if self._engine.ended else replies
 
     def _reply(self, flight: _Flight, message: Mapping[str, Any]) -> Reply:
@@ -180,11 +183,8 @@ class VllmTeacher:
         if flight.attempts < self._attempts:
             self._waiting.appendleft(flight)
             return []
-        return [
-            Reply(
-                flight.ask.id, "", "failed", len(flight.prompt), 0, 0, 0.0, attempts=flight.attempts, error=error
-            )
-        ]  # fmt: skip
+        prompt_tokens = len(flight.prompt)
+        return [Reply(flight.ask.id, "", "failed", prompt_tokens, 0, 0, 0.0, attempts=flight.attempts, error=error)]
 
     def _bury(self) -> list[Reply]:
         """The engine is dead: what it had in flight is asked again, of another."""
@@ -202,7 +202,7 @@ class VllmTeacher:
                 f"vLLM's engine died {self._deaths} times without a reply in between; it said last: {words}"
             )
         # GPUs give their memory back some time after a process's death.
-        self._not_before = time.monotonic() + 2.0 ** (self._deaths - 1) - 1
+        self._not_before = time.monotonic() + min(2.0 ** (self._deaths - 1) - 1, _MOST_BACK_OFF)
         flights, self._flying = list(self._flying.values()), {}
         return [reply for flight in reversed(flights) for reply in self._again(flight, f"engine_died: {words}")]
 

@@ -27,7 +27,8 @@ for line in sys.stdin:
         print(json.dumps({"id": ask["id"], "error": "ValueError: no"}), flush=True)
         continue
     tokens = [*ask["prompt"][: ask["max_tokens"] - 1], ask["stop"][0]]
-    reply = {"id": ask["id"], "tokens": tokens, "finish": "stop", "seconds": 0.5}
+    finish = "abort" if ask["seed"] == 15 else "stop"
+    reply = {"id": ask["id"], "tokens": tokens, "finish": finish, "seconds": 0.5}
     if ask["logprobs"]:
         reply["logprobs"] = {"tokens": [[t] for t in tokens], "logprobs": [[-0.5] for _ in tokens]}
     print(json.dumps(reply), flush=True)

@@ -115,10 +115,13 @@ def test_an_engine_that_does_not_start_says_why(make):
     assert len(make.pids) == 1
 
 
-def test_an_ask_that_the_engine_refuses_fails_alone(make):
-    replies = {reply.id: reply for batch in make().generate(Listed(asks(2) + asks(1, seed=14))) for reply in batch}
-    assert replies["14-0"].finish_reason == "failed" and replies["14-0"].error == "engine: ValueError: no"
-    assert replies["0-0"].finish_reason == replies["0-1"].finish_reason == "stop"
+@pytest.mark.parametrize(("seed", "says"), [(14, "engine: ValueError: no"), (15, "engine: abort")])
+def test_an_ask_that_the_engine_refuses_fails_alone(make, seed, says):
+    wanted = asks(2) + asks(1, seed=seed)
+    replies = {reply.id: reply for batch in make().generate(Listed(wanted)) for reply in batch}
+    refused = replies.pop(f"{seed}-0")
+    assert (refused.finish_reason, refused.error, refused.attempts) == ("failed", says, 3)
+    assert {reply.finish_reason for reply in replies.values()} == {"stop"} and len(replies) == 2
 
 
 def test_closing_ends_the_engine_and_all_of_its_group(make):
