@@ -36,6 +36,14 @@ def identity(teacher: Teacher) -> dict[str, Any]:
     return {"id": name, "model": teacher.model, "kind": teacher.kind, "licence": licence}
 
 
+def pinned(teacher: Teacher) -> Teacher:
+    """With a hub model's revision as the commit that it means now, so that what is loaded is what the id says."""
+    found = resolve_model(teacher.model)
+    if isinstance(found, Path):
+        return teacher
+    return teacher.model_copy(update={"revision": _commit(found, teacher.revision)})
+
+
 def _parts(folder: Path) -> Iterator[list[str | int]]:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in _SMALL:

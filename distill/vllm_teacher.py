@@ -23,6 +23,7 @@ from distill.serving.interpreter import vllm_python
 from distill.serving.model import read_facts
 from distill.serving.placement import place
 from distill.vllm_identity import identity as identity
+from distill.vllm_identity import pinned
 
 # Starts in a row that come to nothing, after which the engine is given up.
 STARTS = 3
@@ -47,6 +48,7 @@ class _Flight:
 
 def open_vllm(teacher: Teacher, sampling: Sampling) -> "VllmTeacher":
     """A teacher ready to be asked; its engine starts with the first ask. Raises UserError for what cannot work."""
+    teacher = pinned(teacher)
     facts = read_facts(teacher.model, teacher.revision)
     name = identity(teacher)["id"]
     length = sequence_length(teacher, sampling, facts)

@@ -15,6 +15,7 @@ from distill.rendering import ChatTokenizer
 from distill.serving.engine_process import EngineProcess
 from distill.serving.worker import likeliest, on_cpu
 from distill.shipped import resolve_model
+from distill.vllm_identity import pinned
 from distill.vllm_teacher import EngineDied, VllmTeacher, identity, open_vllm
 
 STUB = Path(__file__).with_name("stub_worker.py")
@@ -197,8 +198,10 @@ def test_the_id_of_a_hub_model_is_the_commit(monkeypatch):
         return f"/cache/models--o--m/snapshots/{'ab' * 20}/{file}"
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    told = identity(Teacher(kind="vllm", model="o/m", revision="v1"))
-    assert told["id"] == "o/m@abababababab" and seen == [("o/m", "config.json", "v1")]
+    teacher = Teacher(kind="vllm", model="o/m", revision="v1")
+    assert identity(teacher)["id"] == "o/m@abababababab" and seen == [("o/m", "config.json", "v1")]
+    assert pinned(teacher).revision == "ab" * 20  # what is loaded is that commit, should v1 move meanwhile
+    assert pinned(Teacher(kind="vllm", model="tiny-r1")).revision is None
 
 
 def test_without_vllm_the_cure_is_named(monkeypatch, tmp_path):
