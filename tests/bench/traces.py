@@ -1,4 +1,4 @@
-"""Speed of trace generation against an instant server, beside Curator, distilabel and a bare loop.
+"""Speed of trace generation against an instant server, beside Curator, distilabel, open-r1's loop and a bare one.
 
     tests/bench/traces_env.sh FOLDER && python -m tests.bench.traces --peers FOLDER
 
@@ -30,6 +30,7 @@ from tests.bench.traces_sides import SideFailed, Timing, measure
 SETTINGS: dict[str, list[dict[str, int]]] = {  # what each side's best is looked for among
     "ours": [{"concurrency": n} for n in (64, 256)],
     "bare": [{"concurrency": n} for n in (16, 32, 64, 128)],
+    "open-r1": [{"concurrency": n} for n in (128, 512)],
     "curator": [{"concurrency": n} for n in (32, 64, 256)],
     "distilabel": [{"concurrency": n, "replicas": r} for n, r in ((100, 1), (400, 1), (400, 2))],
 }
@@ -156,11 +157,11 @@ def verdicts(entries: list[Entry]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="what traces_env.sh made; without it the peers are left out")
-    parser.add_argument("--sides", default="ours,bare,curator,distilabel")
+    parser.add_argument("--sides", default="ours,bare,open-r1,curator,distilabel")
     parser.add_argument("--prompts", type=int, default=20000)
     parser.add_argument("--search", type=int, default=2000, help="prompts for finding each side's best settings")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer-rounds", type=int, default=1, help="of Curator and distilabel, which take minutes")
+    parser.add_argument("--peer-rounds", type=int, default=1, help="of the peers, which take minutes")
     parser.add_argument("--many", type=int, default=100000, help="prompts for the memory of ours; 0: not measured")
     parser.add_argument("--finished", type=int, default=1000000, help="samples there at the resume; 0: not measured")
     parser.add_argument("--characters", type=int, default=4000, help="length of a reply, about four a token")

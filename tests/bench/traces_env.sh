@@ -16,3 +16,5 @@ make() { # NAME PACKAGE...: an environment in $folder/NAME, unless it is there
 make curator 'bespokelabs-curator==0.1.31'
 # distilabel imports requests and beautifulsoup4, and does not ask for them.
 make distilabel 'distilabel[openai]==1.5.3' requests beautifulsoup4
+# What open-r1's generation script imports; the loop itself is in traces_children.py.
+make open-r1 aiohttp aiofiles tqdm uvloop
