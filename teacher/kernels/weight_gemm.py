@@ -27,8 +27,8 @@ _COLUMNS = 128
 
 @triton.jit
 def _weight_kernel(
-    dy, x, dy_scales, x_scales, dy_scale_O, dy_scale_r, x_scale_K, x_scale_r, out, start_E, count_E, R, outputs, inputs,
-    COLUMNS: tl.constexpr,
+    dy, x, dy_stride, x_stride, dy_scales, x_scales, dy_scale_O, dy_scale_r, x_scale_K, x_scale_r, out, start_E,
+    count_E, outputs, inputs, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile (COLUMNS of O) x (COLUMNS of K) of one expert's gradient."""
     BLOCK: tl.constexpr = 128
@@ -39,8 +39,8 @@ def _weight_kernel(
     o = tile // across * COLUMNS + tl.arange(0, COLUMNS)
     k = tile % across * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.arange(0, BLOCK)
-    dy_at = dy + o.to(tl.int64)[:, None] * R + (start + token)[None, :]
-    x_at = x + k.to(tl.int64)[:, None] * R + (start + token)[None, :]
+    dy_at = dy + o.to(tl.int64)[:, None] * dy_stride + (start + token)[None, :]
+    x_at = x + k.to(tl.int64)[:, None] * x_stride + (start + token)[None, :]
     dy_scale_at = dy_scales + o.to(tl.int64) * dy_scale_O + start // BLOCK * dy_scale_r
     x_scale_at = x_scales + k.to(tl.int64) * x_scale_K + start // BLOCK * x_scale_r
     total = tl.zeros([COLUMNS, COLUMNS], tl.float32)
@@ -62,7 +62,7 @@ def grouped_weight_gemm(dy: Fp8, x: Fp8, groups: Groups) -> Tensor:
     it would wait for the device.
     """
     for name, operand in (("dy", dy), ("x", x)):
-        take(f"{name}.values", operand.values, (FP8,), (2,), contiguous=True)
+        take(f"{name}.values", operand.values, (FP8,), (2,))
         wanted = [operand.values.shape[0], -(-operand.values.shape[1] // 128)]
         if operand.scales.dtype != torch.float32 or list(operand.scales.shape) != wanted:
             found = f"{operand.scales.dtype} of shape {list(operand.scales.shape)}"
@@ -77,8 +77,8 @@ def grouped_weight_gemm(dy: Fp8, x: Fp8, groups: Groups) -> Tensor:
     if out_EOK.numel() and rows:
         grid = (experts * -(-o // _COLUMNS) * -(-k // _COLUMNS),)
         _weight_kernel[grid](
-            dy.values, x.values, dy.scales, x.scales, *dy.scales.stride(), *x.scales.stride(), out_EOK,
-            groups.start_E, groups.count_E, rows, o, k, COLUMNS=_COLUMNS, num_warps=8, num_stages=3,
+            dy.values, x.values, dy.values.stride(0), x.values.stride(0), dy.scales, x.scales, *dy.scales.stride(),
+            *x.scales.stride(), out_EOK, groups.start_E, groups.count_E, o, k, COLUMNS=_COLUMNS, num_warps=8, num_stages=3,
         )  # fmt: skip
         return out_EOK
     return out_EOK.zero_()
