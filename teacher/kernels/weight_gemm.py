@@ -78,7 +78,8 @@ def grouped_weight_gemm(dy: Fp8, x: Fp8, groups: Groups) -> Tensor:
         grid = (experts * -(-o // _COLUMNS) * -(-k // _COLUMNS),)
         _weight_kernel[grid](
             dy.values, x.values, dy.values.stride(0), x.values.stride(0), dy.scales, x.scales, *dy.scales.stride(),
-            *x.scales.stride(), out_EOK, groups.start_E, groups.count_E, o, k, COLUMNS=_COLUMNS, num_warps=8, num_stages=3,
+            *x.scales.stride(), out_EOK, groups.start_E, groups.count_E, o, k, COLUMNS=_COLUMNS, num_warps=8,
+            num_stages=3,
         )  # fmt: skip
         return out_EOK
     return out_EOK.zero_()
