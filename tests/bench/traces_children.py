@@ -149,7 +149,7 @@ def curator(options: argparse.Namespace, channel: Channel) -> None:
     from bespokelabs import curator as library
     from datasets import Dataset
 
-    class Ask(library.LLM):  # type: ignore[misc]
+    class Ask(library.LLM):
         def prompt(self, row: dict[str, Any]) -> str:
             return str(row["prompt"])
 

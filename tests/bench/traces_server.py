@@ -101,7 +101,7 @@ def _split(body: dict[str, Any]) -> tuple[bytes, bytes]:
 
 def _events(head: dict[str, Any], parts: list[dict[str, Any]], usage: dict[str, int]) -> tuple[bytes, bytes, bytes]:
     """(header and all chunks before the answer's, the answer's event without its chunk header, what follows)."""
-    last = {"delta": {}} if "delta" in parts[0] else {"text": ""}
+    last: dict[str, Any] = {"delta": {}} if "delta" in parts[0] else {"text": ""}
     bodies = [head | {"choices": [_choice(None, **part)]} for part in parts]
     bodies += [head | {"choices": [_choice(**last)]}, head | {"choices": [], "usage": usage}]
     events = [b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n" for body in bodies]

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.bench.traces_server import InstantServer
+
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT = 120.0
 
@@ -132,17 +134,16 @@ class Watch:
         self._thread.join()
 
 
-def measure(command: list[str], server: "object", limit: float) -> Timing:
+def measure(command: list[str], server: InstantServer, limit: float) -> Timing:
     """Run a side once. Raises SideFailed."""
-    cpu_seconds = server.cpu_seconds  # type: ignore[attr-defined]
     with Child(command) as child, Watch(child.tree) as watch:
         child.line(START_LIMIT)
-        server_before, before = cpu_seconds(), tree_cpu(child.tree)
+        server_before, before = server.cpu_seconds(), tree_cpu(child.tree)
         start = time.perf_counter()
         child.go()
         facts = json.loads(child.line(limit))
         wall = time.perf_counter() - start
         return Timing(
-            facts["finished"], wall, tree_cpu(child.tree) - before, cpu_seconds() - server_before,
+            facts["finished"], wall, tree_cpu(child.tree) - before, server.cpu_seconds() - server_before,
             max(watch.most, tree_memory(child.tree)),
         )  # fmt: skip

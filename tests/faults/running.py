@@ -20,7 +20,8 @@ from tests.faults.server import HARMLESS, MODEL, OUTCOMES
 
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = re.compile(r"#(\w+/\d+/\d+)#")
-GIVES = {None: "stop", **dict.fromkeys(HARMLESS, "stop"), **OUTCOMES}  # what a trace says of each answer that ends one
+# What a trace says of each answer that ends a sample; None is a good one.
+GIVES: dict[Any, str] = {None: "stop", **OUTCOMES, **dict.fromkeys(HARMLESS, "stop")}
 Row = dict[str, Any]
 
 

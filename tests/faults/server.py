@@ -92,7 +92,7 @@ def reply_bytes(
     else:
         deltas += [{"text": piece} for piece in _pieces(full)]
     events = [_encode(head | {"choices": [{"index": 0, **delta, "finish_reason": None}]}) for delta in deltas]
-    last = {"delta": {}} if request.chat else {"text": ""}
+    last: dict[str, Any] = {"delta": {}} if request.chat else {"text": ""}
     end = [_encode(head | {"choices": [{"index": 0, **last, "finish_reason": finish}]})]
     usage = _encode(head | {"choices": [], "usage": _usage(len(deltas))})  # as vLLM: a token an event
     if twice == "text":

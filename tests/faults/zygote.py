@@ -23,9 +23,8 @@ def warm() -> None:
         "distill.problems", "distill.recipe_load", "distill.traces",
     ):  # fmt: skip
         importlib.import_module(name)
-    importlib.import_module(
-        "distill.endpoints.work"
-    )._FIRST_PAUSE /= 10  # of the back-off, which doubles: of many samples some fail five times in a row
+    work: Any = importlib.import_module("distill.endpoints.work")
+    work._FIRST_PAUSE /= 10  # of the back-off, which doubles: of many samples some fail five times in a row
 
 
 def child(job: dict[str, Any]) -> None:
