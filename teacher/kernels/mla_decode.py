@@ -43,18 +43,17 @@ class Config(NamedTuple):
     block_n: int  # keys a tile
     warps: int
     stages: int  # tiles on their way
-    swap: bool  # keys as rows of the product (see the kernel)
     programs: int  # that fit on an SM together
 
 
 # By (FP8, queries of a program), measured on an H200: see docs/kernels.md.
 CONFIGS = {
-    (False, 16): Config(64, 4, 2, True, 1),
-    (False, 32): Config(64, 4, 2, True, 1),
-    (False, 64): Config(64, 8, 2, False, 1),
-    (True, 16): Config(64, 4, 2, True, 1),
-    (True, 32): Config(64, 4, 2, True, 1),
-    (True, 64): Config(64, 8, 2, False, 1),
+    (False, 16): Config(32, 4, 2, 4),
+    (False, 32): Config(32, 4, 2, 2),
+    (False, 64): Config(64, 8, 2, 1),
+    (True, 16): Config(32, 4, 5, 2),
+    (True, 32): Config(32, 4, 3, 2),
+    (True, 64): Config(64, 8, 2, 1),
 }
 
 
@@ -112,7 +111,7 @@ def mla_decode(
         parts, lse, scale * math.log2(math.e), splits, tokens, heads, table_BP.stride(0), *q_latent_BTHR.stride()[:3],
         *q_rope_BTHD.stride()[:3], RANK=rank, ROPE=rope, WIDTH=cache_PGW.shape[2], PAGE=page_size, TILE=tile,
         TILES=triton.next_power_of_2(-(-rank // tile)), BLOCK_D=max(16, triton.next_power_of_2(rope)),
-        BLOCK_M=block_m, BLOCK_N=config.block_n, SPLIT=splits > 1, FP8=fp8, SWAP=config.swap,
+        BLOCK_M=block_m, BLOCK_N=config.block_n, SPLIT=splits > 1, FP8=fp8,
         FROM_FIRST=first_B is not None, EXACT=INTERPRETED, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:

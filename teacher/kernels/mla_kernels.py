@@ -17,14 +17,12 @@ def decode(
     scale_log2, splits, tokens, heads, table_stride, ql_b, ql_t, ql_h, qr_b, qr_t, qr_h,
     RANK: tl.constexpr, ROPE: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     TILES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    FP8: tl.constexpr, SWAP: tl.constexpr, FROM_FIRST: tl.constexpr, EXACT: tl.constexpr,
+    FP8: tl.constexpr, FROM_FIRST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_M queries of one sequence over one split of its keys.
 
     `latents`, `scales` and `ropes` are the one cache seen as values, fp32 and bf16; WIDTH is its row in values of
-    `latents`. SWAP computes K Q^T and V^T P^T instead of Q K^T and P V: the tensor cores take 64 rows of the first
-    operand at least, which few queries would leave empty and a tile of keys fills. EXACT multiplies in fp32, for the
-    interpreter, whose bf16 products are wrong.
+    `latents`. EXACT multiplies in fp32, for the interpreter, whose bf16 products are wrong.
 
     FP8: e4m3 is exact in fp16, and fp16 holds a value divided by its token's largest scale to 2^-12, far below what
     e4m3 rounded off. So a tile is one conversion and one product a value, and the token's scale is put into the scores
@@ -63,102 +61,60 @@ def decode(
 
     top_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    if SWAP:
-        sought = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-    else:
-        sought = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    sought_MR = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     from_tile = begin // BLOCK_N
     share = tl.cdiv(tl.cdiv(end, BLOCK_N) - from_tile, splits)
     low = from_tile + split * share
     high = tl.minimum(low + share, tl.cdiv(end, BLOCK_N))
-    if FP8:  # a tile ahead: in registers, on its way while the one before is multiplied
-        limit = tl.minimum(end, high * BLOCK_N)
-        next_NKT, scale_NK, next_ND = _fp8_tile(
-            latents, scales, ropes, table + row * table_stride, tl.minimum(low, high), begin, limit, at_D,
-            RANK, ROPE, WIDTH, PAGE, TILE, TILES, SCALES, BLOCK_N, FROM_FIRST,
-        )  # fmt: skip
-        next_NR, next_largest_N = _dequantized(next_NKT, scale_NK)
     for tile in tl.range(low, high):
         n_N = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         seen_N = _seen(n_N, begin, end, FROM_FIRST)
+        place_N = _places(table + row * table_stride, tile, seen_N, PAGE, BLOCK_N)
         if FP8:
-            k_NR, largest_N, k_ND = next_NR, next_largest_N, next_ND
-            next_NKT, scale_NK, next_ND = _fp8_tile(
-                latents, scales, ropes, table + row * table_stride, tile + 1, begin, limit, at_D,
-                RANK, ROPE, WIDTH, PAGE, TILE, TILES, SCALES, BLOCK_N, FROM_FIRST,
-            )  # fmt: skip
+            k_NR, largest_N = _dequantized(latents, scales, place_N, seen_N, RANK, WIDTH, TILE, TILES, SCALES)
+            rope_N = place_N * (WIDTH // 2) + RANK // 2 + 2 * SCALES
         else:
-            place_N = _places(table + row * table_stride, tile, seen_N, PAGE, BLOCK_N)
             k_NR = tl.load(
                 latents + (place_N * WIDTH)[:, None] + at_R[None, :],
                 mask=seen_N[:, None] & (at_R < RANK)[None, :], other=0.0,
             )  # fmt: skip
-            k_ND = tl.load(
-                ropes + (place_N * WIDTH + RANK)[:, None] + at_D[None, :],
-                mask=seen_N[:, None] & (at_D < ROPE)[None, :], other=0.0,
-            )  # fmt: skip
+            rope_N = place_N * WIDTH + RANK
+        k_ND = tl.load(
+            ropes + rope_N[:, None] + at_D[None, :], mask=seen_N[:, None] & (at_D < ROPE)[None, :], other=0.0
+        )
         if EXACT:
             k_NR, k_ND = k_NR.to(tl.float32), k_ND.to(tl.float32)
 
-        if SWAP:
-            score_NM = tl.dot(k_NR, tl.trans(q_MR), input_precision="ieee")
-            if FP8:
-                score_NM *= largest_N[:, None] * unit_M[None, :]
-                score_NM += tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee") * scale_log2
-            else:
-                score_NM = tl.dot(k_ND, tl.trans(q_MD), score_NM, input_precision="ieee") * scale_log2
-            visible_NM = seen_N[:, None] & (n_N[:, None] <= position_M[None, :])
-            score_NM = tl.where(visible_NM, score_NM, float("-inf"))
-            if FP8:
-                score_NM += tl.log2(largest_N)[:, None]
-            new_top_M = tl.maximum(top_M, tl.max(score_NM, 0))
-            safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
-            weight_NM = tl.exp2(score_NM - safe_M[None, :])
-            fade_M = tl.exp2(top_M - safe_M)
-            if FP8:
-                sum_M = sum_M * fade_M + tl.sum(weight_NM / largest_N[:, None], 0)
-            else:
-                sum_M = sum_M * fade_M + tl.sum(weight_NM, 0)
-            sought = tl.dot(tl.trans(k_NR), weight_NM.to(k_NR.dtype), sought * fade_M[None, :], input_precision="ieee")
-        else:
-            score_MN = tl.dot(q_MR, tl.trans(k_NR), input_precision="ieee")
-            if FP8:
-                score_MN *= unit_M[:, None] * largest_N[None, :]
-                score_MN += tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale_log2
-            else:
-                score_MN = tl.dot(q_MD, tl.trans(k_ND), score_MN, input_precision="ieee") * scale_log2
-            visible_MN = seen_N[None, :] & (n_N[None, :] <= position_M[:, None])
-            score_MN = tl.where(visible_MN, score_MN, float("-inf"))
-            if FP8:
-                score_MN += tl.log2(largest_N)[None, :]
-            new_top_M = tl.maximum(top_M, tl.max(score_MN, 1))
-            safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
-            weight_MN = tl.exp2(score_MN - safe_M[:, None])
-            fade_M = tl.exp2(top_M - safe_M)
-            if FP8:
-                sum_M = sum_M * fade_M + tl.sum(weight_MN / largest_N[None, :], 1)
-            else:
-                sum_M = sum_M * fade_M + tl.sum(weight_MN, 1)
-            sought = tl.dot(weight_MN.to(k_NR.dtype), k_NR, sought * fade_M[:, None], input_precision="ieee")
-        top_M = new_top_M
+        score_MN = tl.dot(q_MR, tl.trans(k_NR), input_precision="ieee")
         if FP8:
-            next_NR, next_largest_N = _dequantized(next_NKT, scale_NK)
+            score_MN *= unit_M[:, None] * largest_N[None, :]
+            score_MN += tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale_log2
+        else:
+            score_MN = tl.dot(q_MD, tl.trans(k_ND), score_MN, input_precision="ieee") * scale_log2
+        visible_MN = seen_N[None, :] & (n_N[None, :] <= position_M[:, None])
+        score_MN = tl.where(visible_MN, score_MN, float("-inf"))
+        if FP8:  # the weights carry the scales, see above
+            score_MN += tl.log2(largest_N)[None, :]
+        new_top_M = tl.maximum(top_M, tl.max(score_MN, 1))
+        safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
+        weight_MN = tl.exp2(score_MN - safe_M[:, None])
+        fade_M = tl.exp2(top_M - safe_M)
+        if FP8:
+            sum_M = sum_M * fade_M + tl.sum(weight_MN / largest_N[None, :], 1)
+        else:
+            sum_M = sum_M * fade_M + tl.sum(weight_MN, 1)
+        sought_MR = tl.dot(weight_MN.to(k_NR.dtype), k_NR, sought_MR * fade_M[:, None], input_precision="ieee")
+        top_M = new_top_M
 
     part_M = row.to(tl.int64) * (splits * tokens * heads) + split * (tokens * heads) + m_M
     inverse_M = 1.0 / tl.where(sum_M == 0.0, 1.0, sum_M)
     if SPLIT:
         tl.store(out_lse + part_M, top_M + tl.log2(sum_M), mask=real_M)
     if not SPLIT or high > low:  # the merge does not read an empty split's part
-        if SWAP:
-            tl.store(
-                out + part_M[None, :] * RANK + at_R[:, None], (sought * inverse_M[None, :]).to(out.dtype.element_ty),
-                mask=real_M[None, :] & (at_R < RANK)[:, None],
-            )  # fmt: skip
-        else:
-            tl.store(
-                out + part_M[:, None] * RANK + at_R[None, :], (sought * inverse_M[:, None]).to(out.dtype.element_ty),
-                mask=real_M[:, None] & (at_R < RANK)[None, :],
-            )  # fmt: skip
+        tl.store(
+            out + part_M[:, None] * RANK + at_R[None, :], (sought_MR * inverse_M[:, None]).to(out.dtype.element_ty),
+            mask=real_M[:, None] & (at_R < RANK)[None, :],
+        )  # fmt: skip
 
 
 @triton.jit
@@ -181,15 +137,11 @@ def _places(table_P, tile, seen_N, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _fp8_tile(
-    latents, scales, ropes, table_P, tile, begin, end, at_D,
-    RANK: tl.constexpr, ROPE: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr, SCALES: tl.constexpr, BLOCK_N: tl.constexpr, FROM_FIRST: tl.constexpr,
+def _dequantized(
+    latents, scales, place_N, seen_N,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Codes (N, K, TILE), scales (N, K) and rotary keys (N, D) of a tile; zeros where nothing is seen."""
-    seen_N = _seen(tile * BLOCK_N + tl.arange(0, BLOCK_N), begin, end, FROM_FIRST)
-    # Past the end the table may end too.
-    place_N = _places(table_P, tl.minimum(tile, tl.maximum(end - 1, 0) // BLOCK_N), seen_N, PAGE, BLOCK_N)
+    """A tile of latents (N, R) in fp16, each divided by its token's largest scale (N,), and these."""
     at_K = tl.arange(0, TILES)
     at_KT = at_K[:, None] * TILE + tl.arange(0, TILE)[None, :]
     codes_NKT = tl.load(
@@ -200,21 +152,11 @@ def _fp8_tile(
         scales + (place_N * (WIDTH // 4) + RANK // 4)[:, None] + at_K[None, :],
         mask=seen_N[:, None] & (at_K < SCALES)[None, :], other=0.0,
     )  # fmt: skip
-    rope_ND = tl.load(
-        ropes + (place_N * (WIDTH // 2) + RANK // 2 + 2 * SCALES)[:, None] + at_D[None, :],
-        mask=seen_N[:, None] & (at_D < ROPE)[None, :], other=0.0,
-    )  # fmt: skip
-    return codes_NKT, scale_NK, rope_ND
-
-
-@triton.jit
-def _dequantized(codes_NKT, scale_NK):
-    """Latents (N, R) in fp16, each divided by its token's largest scale (N,), and these."""
     largest_N = tl.max(scale_NK, 1)
     largest_N = tl.where(largest_N == 0.0, 1.0, largest_N)
     ratio_NK = (scale_NK / largest_N[:, None]).to(tl.float16)
     scaled_NKT = codes_NKT.to(tl.float16) * ratio_NK[:, :, None]
-    return tl.reshape(scaled_NKT, [codes_NKT.shape[0], codes_NKT.shape[1] * codes_NKT.shape[2]]), largest_N
+    return tl.reshape(scaled_NKT, [codes_NKT.shape[0], TILE * TILES]), largest_N
 
 
 @triton.jit(do_not_specialize=["splits"])
