@@ -234,6 +234,18 @@ def serve_teacher(
     teacher_serve.run(model, overrides or [], options, vllm, engine)
 
 
+@teacher_app.command("bench")
+def bench_teacher(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes: 2 minutes instead of 8.")] = False,
+    json: Annotated[Path | None, typer.Option(help="All figures, exact, to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Roofline to this file (.svg, .png).")] = None,
+) -> None:
+    """Check and time the kernels on a Hopper GPU; from a checkout of the source."""
+    from distill import teacher_bench
+
+    raise typer.Exit(teacher_bench.run(quick, json, plot))
+
+
 @base_app.command("train")
 def train_base(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Pretrain a student's base from a seed."""

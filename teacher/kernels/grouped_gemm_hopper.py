@@ -45,7 +45,7 @@ def _row_tiles_kernel(start_E, count_E, table, total, E, EXPERTS: tl.constexpr, 
     tiles_E = tl.cdiv(tl.load(count_E + expert, mask=expert < E, other=0), ROWS)
     place = tl.sum(tl.where(expert < e, tiles_E, 0))
     start, count = tl.load(start_E + e), tl.load(count_E + e)
-    for tile in range(0, tl.cdiv(count, ROWS)):
+    for tile in range(tl.cdiv(count, ROWS)):
         at = table + (place + tile) * 4
         tl.store(at, e)
         tl.store(at + 1, start + tile * ROWS)
@@ -70,7 +70,7 @@ def _load(
 ):  # fmt: skip
     x_rows, w_rows = descriptors
     x_buffer, w_buffer = buffers
-    N, K, column_tiles, k_tiles = sizes
+    N, column_tiles, k_tiles = sizes
     row_tiles = gl.load(total)
     step = 0
     for tile in range(gl.program_id(0), row_tiles * column_tiles, PROGRAMS):
@@ -136,7 +136,7 @@ def _multiply(
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
     x_buffer, w_buffer = buffers
-    N, K, column_tiles, k_tiles = sizes
+    N, column_tiles, k_tiles = sizes
     x_scales, x_scale_stride, w_scales = scales
     out, out_scales, out_scale_stride = outputs
     row_tiles = gl.load(total)
@@ -221,7 +221,7 @@ def _grouped_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     buffers = (x_buffer, w_buffer)
-    sizes = (N, K, gl.cdiv(N, 128 if SWIGLU else 256), gl.cdiv(K, 128))
+    sizes = (N, gl.cdiv(N, 128 if SWIGLU else 256), gl.cdiv(K, 128))
     scales, outputs = (x_scales, x_scale_stride, w_scales), (out, out_scales, out_scale_stride)
     gl.warp_specialize(
         [

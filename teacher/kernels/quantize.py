@@ -90,64 +90,36 @@ def _rows_kernel(
 @triton.jit
 def _blocks_kernel(
     x, x_matrix, x_stride, values, scales, R, C, tiles,
-    POWER_OF_TWO: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of 128 x 128, taken in turn, the next ones under way meanwhile."""
-    down, across = tl.cdiv(R, _BLOCK), tl.cdiv(C, _BLOCK)
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=STAGES):
-        matrix = (tile // (down * across)).to(tl.int64)
-        row = tile % (down * across) // across * _BLOCK + tl.arange(0, _BLOCK)
-        column = tile % across * _BLOCK + tl.arange(0, _BLOCK)
+    """Tiles of 128 x WIDTH, taken in turn: a scale for all of one, or (COLUMNS) one for each of its columns."""
+    down, across = tl.cdiv(R, _BLOCK), tl.cdiv(C, WIDTH)
+    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=STAGES):
+        tile = index % (down * across)
+        matrix = (index // (down * across)).to(tl.int64)
+        tile_row, tile_column = tile // across, tile % across
+        row, column = tile_row * _BLOCK + tl.arange(0, _BLOCK), tile_column * WIDTH + tl.arange(0, WIDTH)
         inside = (row < R)[:, None] & (column < C)[None, :]
         place = x + matrix * x_matrix + row.to(tl.int64)[:, None] * x_stride + column[None, :]
         found = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        scale = block_scale(tl.max(tl.max(magnitude(found), axis=0), axis=0), POWER_OF_TWO)
-        tl.store(scales + tile, scale)
-        target = values + matrix * R * C + row.to(tl.int64)[:, None] * C + column[None, :]
-        tl.store(target, encode(found, scale, INTERPRETED), mask=inside)
-
-
-@triton.jit
-def _code(found, scale, PLACE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """e4m3 codes as one byte of a word."""
-    return encode(found, scale, INTERPRETED).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * PLACE)
-
-
-@triton.jit
-def _transposed_kernel(
-    x, x_matrix, x_stride, words, words_stride, scales, R, C,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """A tile of 128 x WIDTH, written as its transpose: a scale for all of it, or (COLUMNS) one for each of its columns.
-
-    Four rows are read as four tiles and their codes packed into words, so that what crosses from the one order to the
-    other are a quarter as many values of four bytes; byte by byte that crossing takes longer than the memory.
-    """
-    down, across = tl.cdiv(R, _BLOCK), tl.cdiv(C, WIDTH)
-    tile_row, tile_column = tl.program_id(0) % (down * across) // across, tl.program_id(0) % across
-    matrix = (tl.program_id(0) // (down * across)).to(tl.int64)
-    word, column = tile_row * 32 + tl.arange(0, 32), tile_column * WIDTH + tl.arange(0, WIDTH)
-    row = word * 4
-    real = (column < C)[None, :]
-    place = x + matrix * x_matrix + row.to(tl.int64)[:, None] * x_stride + column[None, :]
-    a = tl.load(place, mask=(row < R)[:, None] & real, other=0.0).to(tl.float32)
-    b = tl.load(place + x_stride, mask=(row + 1 < R)[:, None] & real, other=0.0).to(tl.float32)
-    c = tl.load(place + x_stride * 2, mask=(row + 2 < R)[:, None] & real, other=0.0).to(tl.float32)
-    d = tl.load(place + x_stride * 3, mask=(row + 3 < R)[:, None] & real, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
-    if COLUMNS:
-        scale = block_scale(tl.max(largest, axis=0), POWER_OF_TWO)
-        # As the scales of x's transpose, column by column: (C, r) with stride 1 along C.
-        tl.store(scales + tile_row.to(tl.int64) * C + column, scale, mask=column < C)
-        scale = scale[None, :]
-    else:
-        scale = block_scale(tl.max(tl.max(largest, axis=0), axis=0), POWER_OF_TWO)
-        tl.store(scales + (matrix * across + tile_column) * down + tile_row, scale)
-    packed = (_code(a, scale, 0, INTERPRETED) | _code(b, scale, 1, INTERPRETED)) | (
-        _code(c, scale, 2, INTERPRETED) | _code(d, scale, 3, INTERPRETED)
-    )
-    target = words + (matrix * C + column)[:, None] * words_stride + word[None, :]
-    tl.store(target, tl.trans(packed), mask=(column < C)[:, None] & (word < words_stride)[None, :])
+        largest = tl.max(magnitude(found), axis=0)
+        if COLUMNS:
+            scale = block_scale(largest, POWER_OF_TWO)
+            code = encode(found, scale[None, :], INTERPRETED)
+            # As the scales of x's transpose, column by column: (C, r) with stride 1 along C.
+            tl.store(scales + tile_row.to(tl.int64) * C + column, scale, mask=column < C)
+        else:
+            scale = block_scale(tl.max(largest, axis=0), POWER_OF_TWO)
+            code = encode(found, scale, INTERPRETED)
+            at = tile_column * down + tile_row if TRANSPOSED else tile
+            tl.store(scales + matrix * down * across + at, scale)
+        target = values + matrix * R * C
+        if TRANSPOSED:
+            place = target + column.to(tl.int64)[:, None] * R + row[None, :]
+            tl.store(place, tl.trans(code), mask=tl.trans(inside))
+        else:
+            tl.store(target + row.to(tl.int64)[:, None] * C + column[None, :], code, mask=inside)
 
 
 def quantize_activations(
@@ -183,11 +155,13 @@ def quantize_activations(
 
 def quantize_activations_transposed(x_RC: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """`quantize(x_RC.t(), (1, 128))`: tiles of 128 x 1, values (C, R) and scales (C, r). For a backward's products,
-    whose inner dimension are the rows (tokens). Rows of the values start at whole 16 bytes, as TMA wants them."""
+    whose inner dimension are the rows (tokens)."""
     take("x_RC", x_RC, _FLOATS, (2,))
     rows, columns = x_RC.shape
+    values = torch.empty(columns, rows, dtype=FP8, device=x_RC.device)
     scales = torch.empty(-(-rows // 128), columns, dtype=torch.float32, device=x_RC.device).t()
-    return _transposed(x_RC, scales, True, power_of_two), scales
+    _launch_blocks(x_RC, values, scales, columns_alone=True, transposed=True, power_of_two=power_of_two)
+    return values, scales
 
 
 def quantize_weights(w_ERC: Tensor, power_of_two: bool = False, transposed: bool = False) -> tuple[Tensor, Tensor]:
@@ -199,29 +173,26 @@ def quantize_weights(w_ERC: Tensor, power_of_two: bool = False, transposed: bool
     take("w_ERC", w_ERC, _FLOATS, (2, 3))
     rows, columns = w_ERC.shape[-2:]
     shape = (columns, rows) if transposed else (rows, columns)
+    values = torch.empty(*w_ERC.shape[:-2], *shape, dtype=FP8, device=w_ERC.device)
     scales = torch.empty(
         *w_ERC.shape[:-2], *(-(-size // 128) for size in shape), dtype=torch.float32, device=w_ERC.device
     )
-    if transposed:
-        return _transposed(w_ERC, scales, False, power_of_two), scales
-    values = torch.empty(w_ERC.shape, dtype=FP8, device=w_ERC.device)
-    if values.numel():
-        programs = min(scales.numel(), 2 * multiprocessors(w_ERC.device))
-        _blocks_kernel[(programs,)](
-            w_ERC, w_ERC.stride(0), w_ERC.stride(-2), values, scales, rows, columns, scales.numel(),
-            POWER_OF_TWO=power_of_two, PROGRAMS=programs, STAGES=3, INTERPRETED=INTERPRETED, num_warps=4,
-        )  # fmt: skip
+    _launch_blocks(w_ERC, values, scales, columns_alone=False, transposed=transposed, power_of_two=power_of_two)
     return values, scales
 
 
-def _transposed(x: Tensor, scales: Tensor, columns_alone: bool, power_of_two: bool) -> Tensor:
+def _launch_blocks(
+    x: Tensor, values: Tensor, scales: Tensor, columns_alone: bool, transposed: bool, power_of_two: bool
+) -> None:
+    if x.numel() == 0:
+        return
     rows, columns = x.shape[-2:]
-    stride = -(-rows // 16) * 16
-    values = torch.empty(*x.shape[:-2], columns, stride, dtype=FP8, device=x.device)
-    if x.numel():
-        matrices, width, warps = (x.shape[0] if x.dim() == 3 else 1), *((32, 1) if columns_alone else (128, 4))
-        _transposed_kernel[(matrices * -(-rows // 128) * -(-columns // width),)](
-            x, x.stride(0), x.stride(-2), values.view(torch.int32), stride // 4, scales, rows, columns, WIDTH=width,
-            COLUMNS=columns_alone, POWER_OF_TWO=power_of_two, INTERPRETED=INTERPRETED, num_warps=warps,
-        )  # fmt: skip
-    return values[..., :rows]
+    matrices, width = x.shape[0] if x.dim() == 3 else 1, 32 if columns_alone else 128
+    tiles = matrices * -(-rows // 128) * -(-columns // width)
+    # Measured on an H200: a few programs with loads under way pay where tiles are stored as they lie; else one a tile.
+    programs = tiles if transposed else min(tiles, 2 * multiprocessors(x.device))
+    _blocks_kernel[(programs,)](
+        x, x.stride(0) if x.dim() == 3 else 0, x.stride(-2), values, scales, rows, columns, tiles, WIDTH=width,
+        COLUMNS=columns_alone, TRANSPOSED=transposed, POWER_OF_TWO=power_of_two, PROGRAMS=programs,
+        STAGES=1 if transposed else 3, INTERPRETED=INTERPRETED, num_warps=1 if columns_alone else 4,
+    )  # fmt: skip

@@ -25,7 +25,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     copy, bf16 = found["ceilings"]["copy_tb_per_s"] * 1e12, found["ceilings"]["bf16_tflops"] * 1e12
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
-    grid = [10 ** (exponent / 20) for exponent in range(0, 90)]
+    grid = [10 ** (exponent / 20) for exponent in range(90)]
     axes.plot(grid, [min(x * copy, FP8_PEAK) / 1e12 for x in grid], "k-", lw=1, label="copy, FP8 peak (datasheet)")
     axes.plot(grid, [min(x * copy, bf16) / 1e12 for x in grid], "k--", lw=1, label="copy, bf16 product (measured)")
     rows = [row for row in found["rows"] if row["flops"] and math.isfinite(row["seconds"])]
