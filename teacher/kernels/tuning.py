@@ -63,10 +63,12 @@ def cache_file(gpu: str) -> Path:
 
 def save(path: Path, found: dict[str, list[tuple[float, Tile]]], about: dict[str, str]) -> None:
     """Write what was measured; `found` is by "kind N K"."""
-    entries = {
-        key: [{"up_to": up_to, **tile.__dict__} for up_to, tile in sorted(tiles, key=lambda each: each[0])]
-        for key, tiles in found.items()
-    }
+    entries: dict[str, list[dict[str, object]]] = {}
+    for key, tiles in found.items():
+        rising = sorted(tiles, key=lambda each: each[0])
+        # Of neighbours with the same tile the last says it for all.
+        last = [each for each, after in zip(rising, [*rising[1:], (0.0, None)], strict=True) if each[1] != after[1]]
+        entries[key] = [{"up_to": up_to, **tile.__dict__} for up_to, tile in last]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"about": about, "tiles": entries}, indent=1) + "\n", encoding="utf-8")

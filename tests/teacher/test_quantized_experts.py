@@ -48,7 +48,8 @@ def test_a_checkpoints_values_and_scales_are_kept(folder):
 def test_outputs_are_near_the_dequantised_models(folder):
     ids = torch.randint(10, 250, (2, 9))
     own, kept = load_model(folder, "float32")(ids).logits, load_model(folder, "float32", experts="fp8")(ids).logits
-    assert 0 < (own - kept).abs().mean() / own.abs().mean() < 0.25  # activations are rounded to FP8 too, and some choices of experts turn
+    # Activations are rounded to FP8 too, and with that some choices of experts turn.
+    assert 0 < (own - kept).abs().mean() / own.abs().mean() < 0.25
 
 
 def test_a_checkpoint_in_bf16_is_quantised_as_it_is_read(tmp_path):

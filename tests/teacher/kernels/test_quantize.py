@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, WEIGHT_BLOCK, dequantize, quantize
 from teacher.kernels.quantize import quantize_activations, quantize_activations_transposed, quantize_weights
 
-SHAPES = [(1, 128), (129, 127), (577, 320), (3, 1088), (260, 5)]
+SHAPES = [(1, 128), (129, 127), (260, 5), (17, 577)]
 
 
 def heavy_tailed(shape, device, dtype=torch.float32):
@@ -26,9 +26,8 @@ def same(found, expected):
     assert wanted.float().abs().sum() > 0
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "power_of_two"), [(torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize("shape", [*SHAPES, (577, 1088)])
 def test_activations(shape, dtype, power_of_two, device):
     x = heavy_tailed(shape, device, dtype)
     same(quantize_activations(x, power_of_two=power_of_two), quantize(x, ACTIVATION_BLOCK, power_of_two))
