@@ -114,7 +114,7 @@ def test_a_power_cut_may_leave_half_a_line_and_zeros(zygote, tmp_path):
 def test_two_hundred_kills(zygote, tmp_path):
     kills = int(os.environ.get("KILLS", "200"))
     with FaultServer(tmp_path / "log", QUICK, latency=0.05) as server:
-        run = Run(tmp_path, [server], problems=10 * kills, samples=4, concurrency=8, attempts=20)
+        run = Run(tmp_path, [server], problems=5 * kills, samples=4, concurrency=8, attempts=20)
         begun = time.monotonic()
         at_work = kill_again_and_again(zygote, kills, 0.8, server, run)
         seconds = time.monotonic() - begun
