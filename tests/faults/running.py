@@ -155,7 +155,7 @@ class Zygote:
 
     def __init__(self, folder: Path) -> None:
         folder.chmod(0o777)  # commands of other users write their words here
-        self._folder, self._commands = folder, list[Command]()
+        self._folder, self.commands = folder, list[Command]()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.zygote"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -165,12 +165,12 @@ class Zygote:
 
     def start(self, argv: Sequence[str], **job: Any) -> Command:
         assert self._process.stdin is not None and self._process.stdout is not None
-        name = str(self._folder / str(len(self._commands)))
+        name = str(self._folder / str(len(self.commands)))
         job |= {"argv": list(argv), "stderr": f"{name}.err", "done": f"{name}.done"}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        self._commands.append(Command(int(self._process.stdout.readline()), job))
-        return self._commands[-1]
+        self.commands.append(Command(int(self._process.stdout.readline()), job))
+        return self.commands[-1]
 
     def run(self, argv: Sequence[str], limit: float = 60.0, **job: Any) -> tuple[int, str]:
         """(exit status, what it said)."""
@@ -179,7 +179,7 @@ class Zygote:
 
     def end_all(self) -> None:
         """Kill what a failed test has left at work."""
-        for command in self._commands:
+        for command in self.commands:
             command.kill()
 
     def close(self) -> None:
