@@ -1,7 +1,6 @@
 """teacher.kind 'embedded': the teacher runs in this process, on our own engine."""
 
 import time
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from distill.files import sha256_file, sha256_json
-from distill.reasoning import closing_tag
 from distill.records import Ask, Asks, EndpointState, Reply, TopLogprobs
+from distill.rendering import ChatTokenizer, load_tokenizer, stop_ids
 from distill.shipped import resolve_model
 
 if TYPE_CHECKING:
@@ -76,28 +75,36 @@ class OpenModel:
 
 def open_model(model: str, dtype: str | None = None, device: str = "cpu", field: str = "teacher.model") -> OpenModel:
     """Load a teacher's folder; dtype None: the checkpoint's. Raises ValueError naming what is wrong with it."""
-    from transformers import AutoTokenizer
-
     from teacher import load_model
 
     folder = teacher_folder(model, field)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: the tokenizer does not load: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(str(folder), field=field)
     weights = load_model(folder, dtype=dtype, device=device)
     if len(tokenizer) > weights.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {weights.config.vocab_size}; "
             "they do not belong together"
         )
-    return OpenModel(folder, weights, tokenizer, _stop_ids(folder, tokenizer))
+    return OpenModel(folder, weights, tokenizer, stop_ids(str(folder), tokenizer))
 
 
 def identity(teacher: "Teacher") -> dict[str, Any]:
     """What the manifest says of the teacher, found without loading it: "id", "model", "kind" and "licence"."""
-    found = {"id": teacher_id(teacher.model), "licence": teacher_licence(teacher.model)}
-    return {"kind": teacher.kind, "model": teacher.model, **found}
+    name = teacher_id(teacher.model) + variant(teacher, "float32")
+    return {"kind": teacher.kind, "model": teacher.model, "id": name, "licence": teacher_licence(teacher.model)}
+
+
+def variant(teacher: "Teacher", usual_dtype: str | None = None) -> str:
+    """What an id says, behind the model's content, of settings that make it write something else: "+think=leave".
+
+    Of `think` only 'leave' does: where the prompt is rendered here, 'force' and 'auto' are the same. `usual_dtype` is
+    what dtype null means, where we know it.
+    """
+    settings = {
+        "think": "leave" if teacher.think == "leave" else None,
+        "dtype": None if teacher.dtype == usual_dtype else teacher.dtype,
+    }
+    return "".join(f"+{name}={value}" for name, value in settings.items() if value is not None)
 
 
 class EmbeddedTeacher:
@@ -105,11 +112,10 @@ class EmbeddedTeacher:
 
     def __init__(self, teacher: "Teacher") -> None:
         opened = open_model(teacher.model, teacher.dtype or "float32")
-        if not opened.tokenizer.chat_template:
-            raise UserError(f"{opened.folder}: the tokenizer has no chat template, so the teacher cannot be asked")
-        self.id = teacher_id(teacher.model)
+        self.id = identity(teacher)["id"]
         self.batch_size = teacher.batch_size
-        self.model, self.tokenizer, self.stop_ids = opened.model, opened.tokenizer, opened.stop_ids
+        self.model, self.stop_ids = opened.model, opened.stop_ids
+        self.chat = ChatTokenizer(teacher.model, think=teacher.think, tokenizer=opened.tokenizer)
         self.runs_in: str | None = None  # what the engine ran in, once it has: C, or torch several times as slowly
         self._in_flight = 0
 
@@ -147,7 +153,7 @@ class EmbeddedTeacher:
         limit = self.model.config.max_position_embeddings
         requests, replies = [], []
         for ask in asks:
-            prompt = self._prompt_ids(ask)
+            prompt = self.chat.ids(ask.messages)
             room = min(ask.max_tokens, limit - len(prompt))
             if room < 1:
                 replies.append(Reply(ask.id, "", "prompt_too_long", len(prompt), 0, 0, 0.0))
@@ -177,49 +183,23 @@ class EmbeddedTeacher:
         self.runs_in = engine.runs_in
         return engine
 
-    def _prompt_ids(self, ask: Ask) -> list[int]:
-        # Rendered to text first: the template writes the special tokens, so none may be added again.
-        text = self.tokenizer.apply_chat_template(ask.messages, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _reply(self, done: "Completion") -> Reply:
         ids = done.token_ids
-        text = self._decode(ids)
-        reasoning = self._reasoning_tokens(text, ids)
-        answer = len(ids) - reasoning
-        top = None if done.logprobs is None else _top(done.logprobs, ids)
+        text = self.chat.decode(ids)
+        reasoning = self.chat.reasoning_tokens(text, ids)
         return Reply(
-            done.id, text, done.finish_reason, done.prompt_tokens, reasoning, answer, done.seconds, logprobs=top
-        )  # fmt: skip
-
-    def _reasoning_tokens(self, text: str, ids: list[int]) -> int:
-        """How many of the tokens it takes to reach the end of the closing tag; all if there is none."""
-        close = closing_tag(text)
-        if close is None:
-            return len(ids)
-        # By decoding, not by looking for the tag's id: a model may also spell the tag in several tokens.
-        return bisect_left(range(len(ids) + 1), close.end(), key=lambda n: len(self._decode(ids[:n])))
-
-    def _decode(self, ids: list[int]) -> str:
-        # Special tokens stay visible: one inside the text is a leak, which the format filter must see.
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            id=done.id,
+            text=text,
+            finish_reason="empty" if done.finish_reason == "stop" and not text.strip() else done.finish_reason,
+            prompt_tokens=done.prompt_tokens,
+            reasoning_tokens=reasoning,
+            answer_tokens=len(ids) - reasoning,
+            seconds=done.seconds,
+            logprobs=None if done.logprobs is None else _top(done.logprobs, ids),
+        )
 
 
 def _top(positions: "list[TokenLogprobs]", chosen: list[int]) -> TopLogprobs:
     likeliest = [position.top for position in positions]
     tokens = [[token for token, _ in top] for top in likeliest]
     return TopLogprobs(tokens, [[logprob for _, logprob in top] for top in likeliest], chosen)
-
-
-def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The end-of-sequence ids of generation_config.json, else the tokenizer's."""
-    from transformers import GenerationConfig
-
-    eos: Any = None
-    if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    if eos is None:
-        raise UserError(f"{folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
-    return tuple(eos) if isinstance(eos, list) else (eos,)

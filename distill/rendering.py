@@ -1,6 +1,6 @@
 """A teacher's chat as tokens: prompts rendered here, and replies counted, for teachers that speak no chat themselves.
 
-Used by the kinds whose server or engine takes a finished prompt (vLLM's engine, `api: completions`).
+Used by the kinds whose server or engine takes a finished prompt (both engines, `api: completions`).
 """
 
 from bisect import bisect_left
@@ -17,19 +17,17 @@ Think = Literal["auto", "force", "leave"]
 
 
 class ChatTokenizer:
-    """The teacher's tokenizer and chat template. Raises UserError where there is none."""
+    """The teacher's tokenizer, loaded unless it is given, and chat template. Raises UserError where there is none."""
 
-    def __init__(self, name: str, revision: str | None = None, think: Think = "auto", field: str = "teacher.model"):
-        from transformers import AutoTokenizer
-
-        found = resolve_model(name)
-        # A folder has no revisions; passing one on would be refused.
-        which = None if isinstance(found, Path) else revision
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(found, revision=which, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{field}: the tokenizer of '{name}' does not load: {reason}") from error
+    def __init__(
+        self,
+        name: str,
+        revision: str | None = None,
+        think: Think = "auto",
+        field: str = "teacher.model",
+        tokenizer: Any = None,
+    ) -> None:
+        self.tokenizer: Any = load_tokenizer(name, revision, field) if tokenizer is None else tokenizer
         if not self.tokenizer.chat_template:
             raise UserError(f"{field}: the tokenizer of '{name}' has no chat template, so the teacher cannot be asked")
         self.think = think
@@ -54,6 +52,20 @@ class ChatTokenizer:
     def reasoning_tokens(self, text: str, ids: Sequence[int]) -> int:
         """How many of `ids`, which read `text`, are reasoning; see `reasoning_tokens`."""
         return reasoning_tokens(text, ids, self.decode)
+
+
+def load_tokenizer(name: str, revision: str | None = None, field: str = "teacher.model") -> Any:
+    """By folder, shipped model's name or hub name. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    found = resolve_model(name)
+    # A folder has no revisions; passing one on would be refused.
+    which = None if isinstance(found, Path) else revision
+    try:
+        return AutoTokenizer.from_pretrained(found, revision=which, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{field}: the tokenizer of '{name}' does not load: {reason}") from error
 
 
 def reasoning_tokens(text: str, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> int:

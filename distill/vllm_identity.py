@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.embedded import teacher_licence
+from distill.embedded import teacher_licence, variant
 from distill.errors import UserError
 from distill.files import sha256_file, sha256_json
 from distill.recipe import Teacher
@@ -21,7 +21,9 @@ def identity(teacher: Teacher) -> dict[str, Any]:
 
     The id of a folder hashes its configuration and tokenizer in full, and of its weights the size, the header and 1 MiB
     a file, spread over it. Header and size alone would be equal for two checkpoints of one training; with the pieces,
-    only an edit of single tensors could go unseen. A model from the hub is the commit that its revision means.
+    only an edit of single tensors could go unseen. A model from the hub is the commit that its revision means. Settings
+    other than the usual ones that change what it writes follow: see `variant`; here also whose tokenizer, and the
+    cache's numbers.
     """
     found = resolve_model(teacher.model)
     if isinstance(found, Path):
@@ -33,6 +35,11 @@ def identity(teacher: Teacher) -> dict[str, Any]:
         commit = _commit(found, teacher.revision)
         licence = None
         name = f"{found}@{commit[:12]}" + (f"+{teacher.vllm.quantization}" if teacher.vllm.quantization else "")
+    name += variant(teacher)
+    if teacher.vllm.kv_cache_dtype != "auto":
+        name += f"+kv_cache_dtype={teacher.vllm.kv_cache_dtype}"
+    if teacher.tokenizer not in (None, teacher.model):
+        name += f"+tokenizer={teacher.tokenizer}"
     return {"id": name, "model": teacher.model, "kind": teacher.kind, "licence": licence}
 
 

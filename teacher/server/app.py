@@ -71,6 +71,7 @@ def create_app(engine: EngineLike, served: Served, most_requests: int, api_key: 
             "object": "model",
             "created": started,
             "owned_by": "distill",
+            "root": served.names[0],  # the same behind every name, by which clients know that the others are aliases
             "max_model_len": served.max_len,
         }
 

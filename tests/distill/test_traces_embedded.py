@@ -1,13 +1,14 @@
 """The embedded teacher: identity, prompts, limits and counts with a made-up engine; then the real one, resumed."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from distill import problems, traces
-from distill.embedded import EmbeddedTeacher, teacher_id, teacher_licence
+from distill.embedded import EmbeddedTeacher, identity, teacher_id, teacher_licence
 from distill.errors import UserError
 from distill.generation.asks import ListedAsks
 from distill.recipe import Teacher
@@ -61,20 +62,20 @@ class EngineSaying:
 
 
 def test_the_id_is_the_content_of_weights_configuration_and_tokenizer(folder, tmp_path):
-    identity = teacher_id(str(folder))
-    name, _, digest = identity.partition("@")
+    first = teacher_id(str(folder))
+    name, _, digest = first.partition("@")
     assert name == "tiny" and len(digest) == 12
     copy = shutil.copytree(folder, tmp_path / "tiny")
     (copy / "README.md").write_text("---\nlicense: mit\n---\n# A card\n")
     (copy / "training_log.jsonl").write_text("{}")
-    assert teacher_id(str(copy)) == identity
+    assert teacher_id(str(copy)) == first
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         path = copy / name
         before = path.read_bytes()
         path.write_bytes(before + b" ")
-        assert teacher_id(str(copy)) != identity, name
+        assert teacher_id(str(copy)) != first, name
         path.write_bytes(before)
-    assert teacher_id(str(copy)) == identity == load(folder).id
+    assert teacher_id(str(copy)) == first == load(folder).id
 
 
 @pytest.mark.parametrize(
@@ -105,11 +106,11 @@ def test_the_prompt_is_rendered_once_with_the_chat_template(folder, monkeypatch)
     teacher = load(folder)
     [reply] = replies(teacher, [ask("What is 2 + 2?")])
     [request] = engine.requests
-    assert teacher.tokenizer.decode(request.prompt_ids) == f"{BOS}{USER}What is 2 + 2?{ASSISTANT}<think>\n"
-    assert list(request.prompt_ids).count(teacher.tokenizer.bos_token_id) == 1
+    assert teacher.chat.tokenizer.decode(request.prompt_ids) == f"{BOS}{USER}What is 2 + 2?{ASSISTANT}<think>\n"
+    assert list(request.prompt_ids).count(teacher.chat.tokenizer.bos_token_id) == 1
     assert reply.prompt_tokens == len(request.prompt_ids)
     assert (request.temperature, request.top_p, request.max_tokens, request.seed) == (0.6, 0.95, 50, 1)
-    assert engine.stop_ids == (teacher.tokenizer.eos_token_id,)
+    assert engine.stop_ids == (teacher.chat.tokenizer.eos_token_id,)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,6 @@ def test_the_prompt_is_rendered_once_with_the_chat_template(folder, monkeypatch)
         ("a<think>b</think>c</think>de", 6, 2),
         ("é😀</think>ü", 7, 2),
         ("a leak<｜User｜></think>b", 8, 1),
-        ("", 0, 0),
     ],
 )
 def test_tokens_are_counted_on_both_sides_of_the_closing_tag(folder, monkeypatch, text, reasoning, answer):
@@ -130,17 +130,52 @@ def test_tokens_are_counted_on_both_sides_of_the_closing_tag(folder, monkeypatch
     assert (reply.text, reply.reasoning_tokens, reply.answer_tokens) == (text, reasoning, answer)
 
 
+@pytest.mark.parametrize(
+    ("text", "end", "told"),
+    [("", "stop", "empty"), (" \n", "stop", "empty"), ("", "length", "length"), ("x", "stop", "stop")],
+)
+def test_an_empty_reply_is_called_that(folder, monkeypatch, text, end, told):
+    EngineSaying(monkeypatch, text, end)
+    [reply] = replies(load(folder), [ask()])
+    assert (reply.text, reply.finish_reason) == (text, told)
+
+
+def test_thinking_is_forced_or_left_as_the_recipe_says(folder, monkeypatch, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    path = next(p for p in (copy / "chat_template.jinja", copy / "tokenizer_config.json") if p.is_file())
+    given = path.read_text()
+    path.write_text(re.sub(r"<think>(\n|\\+n)", "", given))
+    assert path.read_text() != given
+    ends = {}
+    for think in ("auto", "force", "leave"):
+        engine = EngineSaying(monkeypatch, "x")
+        teacher = load(copy, think=think)
+        replies(teacher, [ask()])
+        ends[think] = teacher.chat.decode(engine.requests[0].prompt_ids).rpartition(ASSISTANT)[2]
+    assert ends == {"auto": "<think>\n", "force": "<think>\n", "leave": ""}
+
+
+def test_the_id_names_what_makes_the_same_model_write_something_else(folder):
+    def of(**settings):
+        return identity(Teacher(model=str(folder), **settings))["id"]
+
+    usual = teacher_id(str(folder))
+    assert of() == of(think="auto") == of(think="force") == of(dtype="float32") == of(batch_size=3) == usual
+    assert of(think="leave") == load(folder, think="leave").id == f"{usual}+think=leave"
+    assert of(think="leave", dtype="bfloat16") == f"{usual}+think=leave+dtype=bfloat16"
+
+
 def test_a_tag_spelled_in_several_tokens_is_counted_too(folder):
     teacher = load(folder)
-    ids = [teacher.tokenizer.convert_tokens_to_ids(character) for character in "ab</think>cd"]
-    text = teacher.tokenizer.decode(ids)
-    assert text == "ab</think>cd" and teacher._reasoning_tokens(text, ids) == 10
+    ids = [teacher.chat.tokenizer.convert_tokens_to_ids(character) for character in "ab</think>cd"]
+    text = teacher.chat.tokenizer.decode(ids)
+    assert text == "ab</think>cd" and teacher.chat.reasoning_tokens(text, ids) == 10
 
 
 def test_a_prompt_that_fills_the_context_is_an_outcome_and_the_rest_goes_on(folder, monkeypatch):
     engine = EngineSaying(monkeypatch, "x")
     context = 512
-    empty = len(load(folder)._prompt_ids(ask("")))
+    empty = len(load(folder).chat.ids(ask("").messages))
     asks = [ask("y" * (context - empty + n), f"{n}", max_tokens=50) for n in (-100, -10, -1, 0, 5)]
     found = {reply.id: reply for reply in replies(load(folder), asks)}
     assert {n: reply.finish_reason for n, reply in found.items()} == {
@@ -185,7 +220,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
 def test_a_tokenizer_that_is_no_tokenizer(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "tiny")
     (copy / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="the tokenizer does not load"):
+    with pytest.raises(UserError, match=r"teacher\.model: the tokenizer of .* does not load"):
         load(copy)
 
 

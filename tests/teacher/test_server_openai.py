@@ -47,6 +47,7 @@ def gather(stream):
 
 def test_models(client):
     assert [model.id for model in client.models.list()] == [serving.NAME, "alias"]
+    assert {model.root for model in client.models.list()} == {serving.NAME}
     assert client.models.retrieve("alias").max_model_len == 512
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-4' here; this server has tiny-random, alias"):
         client.models.retrieve("gpt-4")

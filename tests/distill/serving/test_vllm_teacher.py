@@ -190,6 +190,16 @@ def test_the_id_is_the_models_and_changes_with_it(folder):
     assert len({first, other, identified(folder), identified(folder, quantization="fp8")}) == 4
 
 
+def test_the_id_names_what_makes_the_same_model_write_something_else(folder):
+    def of(**settings):
+        return identity(Teacher.model_validate({"kind": "vllm", "model": str(folder), **settings}))["id"]
+
+    usual = of()
+    assert usual == of(think="force") == of(tokenizer=str(folder)) == of(vllm={"tensor_parallel": 2})
+    assert of(think="leave", dtype="float32") == f"{usual}+think=leave+dtype=float32"
+    assert of(vllm={"kv_cache_dtype": "fp8"}, tokenizer="o/t") == f"{usual}+kv_cache_dtype=fp8+tokenizer=o/t"
+
+
 def test_the_id_of_a_hub_model_is_the_commit(monkeypatch):
     seen = []
 
