@@ -112,3 +112,8 @@ class Budget(Section):
     cost: float | None = Field(None, gt=0, description="Most money, in the currency of the endpoints' prices.")
     tokens: int | None = Field(None, ge=1, description="Most tokens, prompts and replies together.")
     hours: float | None = Field(None, gt=0, description="Longest time, over all starts.")
+    hard: bool = Field(
+        False,
+        description="Never pass `cost` or `tokens`: of each sample in flight its most is set aside, not what it is "
+        "expected to take.",
+    )

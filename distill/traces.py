@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from distill.generation.accounts import Accounts
 from distill.generation.asks import Flight, PlannedAsks
-from distill.generation.budget import Spending, Spent
+from distill.generation.budget import Spending, Spent, worst
 from distill.generation.finished import Finished
 from distill.generation.interrupts import draining
 from distill.generation.logprobs import LogprobsWriter
@@ -78,18 +78,28 @@ class _Stage:
         self.runs_in: str | None = None
 
     def _spending(self) -> Spending:
-        settings, found, failures = self.recipe.sampling, self.finished, self.folder / "failures.jsonl"
+        settings, found, failures = self.recipe.budget, self.finished, self.folder / "failures.jsonl"
         failed = 0.0
         if failures.is_file():
             failed = sum(row["cost"] for _, row in read_jsonl(failures, torn_ok=True))
-        price = max((endpoint.completion_price for endpoint in self.recipe.teacher.endpoints), default=0.0)
-        cost = Spent(price * settings.max_tokens / 1e6, *found.cost, samples=found.lines)
+        endpoints = self.recipe.teacher.endpoints
+        prices = (
+            max((endpoint.prompt_price for endpoint in endpoints), default=0.0) / 1e6,
+            max((endpoint.completion_price for endpoint in endpoints), default=0.0) / 1e6,
+        )
+        longest = (0.0, 0)
+        if self.found.open:  # the first is as good as any to judge by what a prompt adds to the reply
+            longest = worst(self.planner.ask(self.problems[self.found.open[0]], 0, 0), prices)
+        cost = Spent(longest[0], *found.cost, samples=found.lines)
         cost.total += failed
-        tokens = Spent(settings.max_tokens, *found.tokens, samples=found.lines)
-        return Spending(self.recipe.budget, cost, tokens, lambda: self.accounts.spent.hours)
+        tokens = Spent(longest[1], *found.tokens, samples=found.lines)
+        return Spending(settings, cost, tokens, lambda: self.accounts.spent.hours, prices)
 
     def generate(self) -> None:
         """Ask the teacher until nothing is missing, or it is to stop."""
+        if self.found.open:
+            # A table of what an earlier recipe or problems file asked for would pass for this one's, should we stop.
+            (self.folder / "traces.parquet").unlink(missing_ok=True)
         with ExitStack() as stack:
             accounts = stack.enter_context(self.accounts)
             if self.asks.closed:

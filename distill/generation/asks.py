@@ -94,6 +94,9 @@ class PlannedAsks:
                     self._one_less(index)
                     continue
                 ask = self._planner.ask(problem, sample, identity)
+                if not self._spending.admit(ask):
+                    self._ready.appendleft((index, problem, sample, identity))
+                    break
                 self._flights[ask.id] = Flight(index, problem, sample, ask)
                 asks.append(ask)
             return asks
