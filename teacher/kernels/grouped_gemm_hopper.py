@@ -65,11 +65,13 @@ def _place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
 
 @gluon.jit
 def _load(
-    descriptors, buffers, full, empty, table, total, sizes, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
-    SWIGLU: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, CONSUMER: gl.constexpr,
+    ring, schedule, sizes, descriptors, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, SWIGLU: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
+    """One warp: the operands of every tile of this program, in the order in which they are multiplied."""
+    x_buffer, w_buffer, full, empty = ring
+    table, total = schedule
     x_rows, w_rows = descriptors
-    x_buffer, w_buffer = buffers
     N, column_tiles, k_tiles = sizes
     row_tiles = gl.load(total)
     step = 0
@@ -86,7 +88,7 @@ def _load(
             stage, phase = step % STAGES, step // STAGES & 1
             mbarrier.wait(empty.index(stage), phase ^ 1)
             ready = full.index(stage)
-            mbarrier.expect(ready, (ROWS + 256) * 128)
+            mbarrier.expect(ready, (128 + 256) * 128)
             tma.async_copy_global_to_shared(x_rows, [row, k * 128], ready, x_buffer.index(stage))
             tma.async_copy_global_to_shared(w_rows, [first, k * 128], ready, w_buffer.index(stage * 2))
             tma.async_copy_global_to_shared(w_rows, [second, k * 128], ready, w_buffer.index(stage * 2 + 1))
@@ -126,8 +128,8 @@ def _store(out, value, row, count, first_row, column, N):
 
 @gluon.jit
 def _multiply(
-    buffers, full, empty, table, total, sizes, scales, outputs, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
-    SWIGLU: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    ring, schedule, sizes, scales, outputs, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, SWIGLU: gl.constexpr,
+    STAGES: gl.constexpr, FIRST_ROW: gl.constexpr,
 ):  # fmt: skip
     """One warp group's 64 rows of every tile: four sums of 64 x 64, two for each block of scales.
 
@@ -135,15 +137,15 @@ def _multiply(
     have one waiting; scales are loaded a block ahead.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
-    x_buffer, w_buffer = buffers
+    x_buffer, w_buffer, full, empty = ring
+    table, total = schedule
     N, column_tiles, k_tiles = sizes
     x_scales, x_scale_stride, w_scales = scales
     out, out_scales, out_scale_stride = outputs
     row_tiles = gl.load(total)
     scale_rows = gl.cdiv(N, 128) * 2 if SWIGLU else gl.cdiv(N, 128)
     none = gl.zeros([64, 64], gl.float32, layout)
-    first_row: gl.constexpr = CONSUMER * 64
-    local = first_row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    local = FIRST_ROW + gl.arange(0, 64, gl.SliceLayout(1, layout))
     step = 0
     for tile in range(gl.program_id(0), row_tiles * column_tiles, PROGRAMS):
         row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
@@ -169,7 +171,7 @@ def _multiply(
             w_scale, other_scale = gl.load(w_scale_at + ahead), gl.load(other_scale_at + ahead)
             x_scale = gl.load(x_scale_at + ahead * x_scale_stride, mask=real, other=0.0)
             stage = step % STAGES
-            x = x_buffer.index(stage).slice(first_row, 64, dim=0)
+            x = x_buffer.index(stage).slice(FIRST_ROW, 64, dim=0)
             w, other = w_buffer.index(stage * 2), w_buffer.index(stage * 2 + 1)
             mbarrier.wait(full.index(stage), step // STAGES & 1)
             part = _issue(x, w.slice(0, 64, dim=0), part, never)
@@ -194,17 +196,17 @@ def _multiply(
             largest = gl.maximum(gl.max(magnitude(h0), axis=1), gl.max(magnitude(h1), axis=1))
             out_scale = block_scale(largest, False)
             code = encode(h0, gl.expand_dims(out_scale, 1), False)
-            _store(out, code, row, count, first_row, column, N)
+            _store(out, code, row, count, FIRST_ROW, column, N)
             code = encode(h1, gl.expand_dims(out_scale, 1), False)
-            _store(out, code, row, count, first_row, column + 64, N)
+            _store(out, code, row, count, FIRST_ROW, column + 64, N)
             gl.store(out_scales + column_tile * out_scale_stride + row + local, out_scale, mask=real)
         else:
             column = column_tile * 256
             element: gl.constexpr = out.dtype.element_ty
-            _store(out, a0.to(element), row, count, first_row, column, N)
-            _store(out, a1.to(element), row, count, first_row, column + 64, N)
-            _store(out, b0.to(element), row, count, first_row, column + 128, N)
-            _store(out, b1.to(element), row, count, first_row, column + 192, N)
+            _store(out, a0.to(element), row, count, FIRST_ROW, column, N)
+            _store(out, a1.to(element), row, count, FIRST_ROW, column + 64, N)
+            _store(out, b0.to(element), row, count, FIRST_ROW, column + 128, N)
+            _store(out, b1.to(element), row, count, FIRST_ROW, column + 192, N)
 
 
 @gluon.jit
@@ -220,51 +222,14 @@ def _grouped_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
-    buffers = (x_buffer, w_buffer)
+    ring, schedule = (x_buffer, w_buffer, full, empty), (table, total)
     sizes = (N, gl.cdiv(N, 128 if SWIGLU else 256), gl.cdiv(K, 128))
     scales, outputs = (x_scales, x_scale_stride, w_scales), (out, out_scales, out_scale_stride)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    buffers,
-                    full,
-                    empty,
-                    table,
-                    total,
-                    sizes,
-                    scales,
-                    outputs,
-                    GROUP,
-                    PROGRAMS,
-                    SWIGLU,
-                    STAGES,
-                    0,
-                ),
-            ),
-            (
-                _multiply,
-                (
-                    buffers,
-                    full,
-                    empty,
-                    table,
-                    total,
-                    sizes,
-                    scales,
-                    outputs,
-                    GROUP,
-                    PROGRAMS,
-                    SWIGLU,
-                    STAGES,
-                    1,
-                ),
-            ),
-            (
-                _load,
-                ((x_rows, w_rows), buffers, full, empty, table, total, sizes, GROUP, PROGRAMS, SWIGLU, STAGES, ROWS, 2),
-            ),
+            (_multiply, (ring, schedule, sizes, scales, outputs, GROUP, PROGRAMS, SWIGLU, STAGES, 0)),
+            (_multiply, (ring, schedule, sizes, scales, outputs, GROUP, PROGRAMS, SWIGLU, STAGES, 64)),
+            (_load, (ring, schedule, sizes, (x_rows, w_rows), GROUP, PROGRAMS, SWIGLU, STAGES)),
         ],
         [4, 1],
         [240, 24],
