@@ -7,7 +7,7 @@ from distill.recipe import CorrectnessFilter
 from distill.records import Problem, Trace, Verdict
 from distill.reference import shown_reference
 
-VERSION = 3
+VERSION = 4
 
 _CUT = Verdict(False, "wrong: did not end by itself, so it has no final answer")
 _OPEN = Verdict(True, "not judged: the problem has no reference answer")

@@ -12,6 +12,7 @@ from evals.grading.exact import plain_string
 MAX_CHARACTERS = 2000
 _ONE = re.compile(r"\(?\s*([A-Za-z])\s*(?:[).:]|$)")
 _SEVERAL = re.compile(r"\(?([A-Z])\)?(?:(?:\s?(?:,|;|&|/|and))+\s?\(?[A-Z]\)?)+")
+_OR_ANOTHER = re.compile(r"[).:]?\s*,?\s*n?or\s+\(?[A-Z](?:[).:,\s]|$)")
 _WORDS = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:option|answer|choice)\s*(?:is)?\s*:?\s*)+", re.IGNORECASE
 )
@@ -26,7 +27,9 @@ def choice_letter(answer: str) -> str | None:
     if _SEVERAL.fullmatch(text.rstrip(". ")):
         return "".join(sorted(set(re.findall(r"\b[A-Z]\b", text))))
     match = _ONE.match(text.rstrip("*$ "))
-    return match.group(1).upper() if match else None
+    if match is None or _OR_ANOTHER.match(text, match.end(1)):  # (A) or (B)
+        return None
+    return match.group(1).upper()
 
 
 def _text(answer: str) -> str:

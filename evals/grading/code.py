@@ -50,8 +50,13 @@ def read_tests(answer: str) -> CodeTests:
         raise ValueError("'seconds' and 'memory_mb' are not positive numbers")
     limits = replace(limits, seconds=min(MAX_SECONDS, float(seconds)), memory=min(memory, 4096) << 20)
     function = row.get("function")
-    if "inputs" in row and "outputs" in row and not row.get("fn_name"):  # as APPS and TACO are published
-        row["stdin"] = [{"input": i, "output": o} for i, o in zip(row["inputs"], row["outputs"], strict=False)]
+    try:
+        if "inputs" in row and "outputs" in row and not row.get("fn_name"):  # as APPS and TACO are published
+            if len(row["inputs"]) != len(row["outputs"]):
+                raise ValueError(f"there are {len(row['inputs'])} 'inputs' and {len(row['outputs'])} 'outputs'")
+            row["stdin"] = [{"input": i, "output": o} for i, o in zip(row["inputs"], row["outputs"], strict=True)]
+    except TypeError:
+        raise ValueError("'inputs' or 'outputs' is no list") from None
     try:
         stdin = tuple((_lines(test["input"]), _lines(test["output"])) for test in row.get("stdin", ()))
         calls: tuple[dict[str, Any], ...] = tuple(
@@ -61,10 +66,12 @@ def read_tests(answer: str) -> CodeTests:
         raise ValueError("a test lacks its 'input' or 'output', or is no JSON object") from None
     if any(not isinstance(c["args"], list) or not isinstance(c["kwargs"], dict) or "expected" not in c for c in calls):
         raise ValueError("a call lacks its 'expected', or its 'args' are no list")
-    code = [row["check"]] if "check" in row else row.get("asserts", [])
-    setup = row.get("setup", "")
-    if not isinstance(code, list) or not all(isinstance(c, str) for c in (*code, setup)):
+    asserts, setup = row.get("asserts", []), row.get("setup", "")
+    if not isinstance(asserts, list) or not all(isinstance(c, str) for c in (*asserts, setup)):
         raise ValueError("'asserts' is no list of strings, or 'setup' no string")
+    if not isinstance(row.get("check", ""), str):
+        raise ValueError("'check' is no string")
+    code = [*asserts, row["check"]] if "check" in row else asserts
     if (calls or "check" in row) and not isinstance(function, str):
         raise ValueError("there is no 'function' to call")
     if not stdin and not calls and not code:

@@ -31,6 +31,11 @@ _SEVERAL = re.compile(
     r"\\(?:neq?|not|[lg]eq?|[lg]t|[lg]eqslant|lor|land|vee|wedge)(?![A-Za-z])|[≠≤≥∨∧<]|!=|(?<![=-])>|//"
     r"|\b(?:or|at (?:least|most))\b"
 )
+_DOTS = re.compile(r"\\[lc]?dots(?![A-Za-z])|\.\.\.|…")
+_HALF_OF_DAY = re.compile(r"(?<![A-Za-z])([ap])\.?m\b", re.IGNORECASE)
+_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
+_IN_BASE = re.compile(r"0*([0-9A-Z]+)_\{?(\d{1,2}|[a-z]{3,5})\}?")
+_OPTION = re.compile(r"\(([A-Z])\)[-$\d\\][^,;()A-Z]*")
 _PROSE = 200  # characters from which on words like "or" are part of a text that ends with the answer
 _SIGNS = str.maketrans(
     {
@@ -94,16 +99,36 @@ def exactly_equal(answer: str, reference: str) -> bool | None:
         return True
     if theirs.startswith("(") and (stated := _LETTER.fullmatch(ours)) and (letter := _LETTER.fullmatch(theirs)):
         return (stated[1] or stated[2]) == letter[1]  # B against \text{(B)}
+    if (letter := _LETTER.fullmatch(theirs)) and letter[1] and (stated := _OPTION.fullmatch(ours)):
+        return stated[1] == letter[1]  # \textbf{(B)}\ 5 against \text{(B)}
+    if (a_base := _IN_BASE.fullmatch(ours)) and (b_base := _IN_BASE.fullmatch(theirs)):
+        return _in_base(a_base) == _in_base(b_base)
+    if _another_meaning(ours, theirs):
+        return False
     mine, wanted = _units_kept(answer), _units_kept(reference)
     measured, measure = quantity(mine), quantity(wanted)
     if measured is None and measure is not None and measure.unit:
         measured = quantity(mine, any_unit=True)
+    elif measure is None and measured is not None and measured.unit:
+        measure = quantity(wanted, any_unit=True)
     if measured is not None and measure is not None:
         return same_quantity(measured, measure)
     if measured is not None or measure is not None:
         return None
     first, second = structure(ours), structure(theirs)
     return same_structure(first, second) if first is not None and second is not None else None
+
+
+def _in_base(match: re.Match[str]) -> tuple[str, str]:
+    return match[1], _BASES.get(match[2], match[2])
+
+
+def _another_meaning(ours: str, theirs: str) -> bool:
+    """Differences that computer algebra does not see: between a.m. and p.m., and a list that goes on."""
+    half, other = _HALF_OF_DAY.search(ours), _HALF_OF_DAY.search(theirs)
+    if half and other and half[1].lower() != other[1].lower():
+        return True
+    return bool(_DOTS.search(ours)) and not _DOTS.search(theirs) and ("," in ours or ";" in ours)
 
 
 def _same_text(ours: str, theirs: str) -> bool:

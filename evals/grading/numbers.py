@@ -17,6 +17,7 @@ _FRACTION = re.compile(
     rf"|\\frac\{{({_N})\}}(\d)|\\frac(\d)\{{({_N})\}})"
 )
 _MIXED = re.compile(r"([+-]?)(\d{1,50})(?:\\frac\{(\d{1,50})\}\{(\d{1,50})\}|\\frac(\d)(\d)|_(\d{1,50})/(\d{1,50}))")
+_REPEATING = re.compile(r"([+-]?)(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}")
 _POWER = re.compile(r"(?:([+-]?[\d.,]{1,40})(?:\\times|\\cdot|×))?([+-]?)(\d{1,4})\^(?:\{([+-]?\d{1,2})\}|(\d))")
 
 # As programs print it. 2e-1 may be twice Euler's number less one, so a sign wants a decimal point.
@@ -38,18 +39,19 @@ _SCALES = {
     "trillion": 10**12,
     "dozen": 12,
 }
+_RAISED = re.compile(r"(?:(sq|square|cu|cubic) ([a-z]+)|([a-z]+)([23]))")
 _NOT_UNITS = re.compile(r"\d|\b(?:and|or|to|than|half|pair|pairs|score|base|no|not|if|over|quarters?|thirds?)\b")
 
 # Unit: (dimension, size in the dimension's base unit). Only where one name has one meaning.
 _TABLE = {
     "length": {"mm": "1/1000", "cm": "1/100", "m": "1", "meter": "1", "metre": "1", "km": "1000", "kilometer": "1000",
                "centimeter": "1/100", "millimeter": "1/1000", "inch": "127/5000", "feet": "381/1250", "ft": "381/1250",
-               "foot": "381/1250", "yard": "1143/1250", "mile": "201168/125"},
-    "time": {"second": "1", "sec": "1", "minute": "60", "min": "60", "hour": "3600", "hr": "3600", "day": "86400",
-             "week": "604800"},
+               "foot": "381/1250", "yard": "1143/1250", "mile": "201168/125", "mi": "201168/125"},
+    "time": {"s": "1", "second": "1", "sec": "1", "minute": "60", "min": "60",
+             "hour": "3600", "hr": "3600", "h": "3600", "day": "86400", "week": "604800"},
     "mass": {"mg": "1/1000", "g": "1", "gram": "1", "kg": "1000", "kilogram": "1000", "pound": "45359237/100000",
              "lb": "45359237/100000", "ounce": "45359237/1600000"},
-    "volume": {"ml": "1/1000", "milliliter": "1/1000", "l": "1", "liter": "1", "litre": "1"},
+    "length^3": {"ml": "1/1000000", "milliliter": "1/1000000", "l": "1/1000", "liter": "1/1000", "litre": "1/1000"},
     "money": {"cent": "1/100", "dollar": "1"},
 }  # fmt: skip
 _UNITS = {name: (kind, Fraction(size)) for kind, names in _TABLE.items() for name, size in names.items()}
@@ -85,6 +87,11 @@ def number(text: str) -> Fraction | None:
         return Fraction(match[1] or match[3]) * Fraction(10) ** int(match[2] or match[4])
     if "/" not in text and "\\" not in text and "^" not in text:
         return None
+    if match := _REPEATING.fullmatch(text):  # 0.1\overline{6}
+        sign, whole, part, period = match.groups()
+        nines = 10 ** len(part) * (10 ** len(period) - 1)
+        value = Fraction(int(whole + part + period) - int(whole + part or "0"), nines)
+        return -value if sign == "-" else value
     if match := _FRACTION.fullmatch(text):
         sign, *pairs = match.groups()
         top, bottom = (part for part in pairs if part is not None)
@@ -118,9 +125,26 @@ def _unit_name(words: str) -> str | None:
         return f"×{_SCALES[words]}"
     if any(word.rstrip("s") in _SCALES for word in words.split()):
         return None  # "million dollars" is both: left to computer algebra
-    if words in ("inches", "foot", "feet"):
-        return "inch" if words == "inches" else "feet"
-    return words[:-1] if len(words) > 2 and words.endswith("s") and not words.endswith("ss") else words
+    if words.endswith("inches"):
+        return words.removesuffix("es")
+    return words[:-1] if len(words) > 2 and words.endswith("s") and not words.endswith(("ss", "/s")) else words
+
+
+def _measure(name: str) -> tuple[str, Fraction] | None:
+    """(dimension, size in its base unit) of a unit, of its square or cube, and of a rate: m2, square meter, km/h."""
+    if name == "mph":
+        name = "mile/hour"
+    top, _, bottom = name.replace(" per ", "/").replace(" / ", "/").partition("/")
+    if bottom:
+        over, under = _measure(top.removesuffix("s") if len(top) > 2 else top), _measure(bottom)
+        return (f"{over[0]}/{under[0]}", over[1] / under[1]) if over and under else None
+    power = 1
+    if match := _RAISED.fullmatch(name):
+        name, power = match[2] or match[3], int(match[4] or (2 if match[1].startswith("sq") else 3))
+    if name not in _UNITS:
+        return None
+    dimension, size = _UNITS[name]
+    return (f"{dimension}^{power}" if power > 1 else dimension), size**power
 
 
 def quantity(text: str, any_unit: bool = False) -> Quantity | None:
@@ -190,7 +214,9 @@ def same_quantity(a: Quantity, b: Quantity) -> bool | None:
                 return True
             return None if close(scaled.value, other.value) or close(whole, other.value) else False
         return same_number(scaled.value, other.value)
-    ours, theirs = _UNITS.get(a.unit), _UNITS.get(b.unit)
-    if ours is None or theirs is None or ours[0] != theirs[0]:
+    ours, theirs = _measure(a.unit), _measure(b.unit)
+    if ours is None or theirs is None:
         return None
+    if ours[0] != theirs[0]:
+        return None if {"pound", "ounce"} & {a.unit, b.unit} else False  # which are money and volume too
     return same_number(a.value * ours[1], b.value * theirs[1])

@@ -158,8 +158,8 @@ class Sandbox:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         os.close(self._lifeline)
-        if self._isolation == "bubblewrap":
-            self.process.kill()  # takes the process inside with it
+        if self._isolation != "namespaces":
+            self.process.kill()  # bubblewrap takes the process inside with it; limits alone have no other process
         try:
             self.process.wait(5)  # what watches over the process inside sees its lifeline end, and ends it
         except subprocess.TimeoutExpired:

@@ -65,6 +65,21 @@ def verdict(source: str, tests: dict, isolation: str | None = None) -> tuple[str
         ("def plus(a, b): return a + b", CALLS, "wrong", "defines no function add"),
         ("def add(a, b): raise KeyError(a)", CALLS, "wrong", "KeyError"),
         ("def add(", CALLS, "wrong", "SyntaxError"),
+        (
+            "def add(a, b): return a + b if a < 5 else 0",
+            {**CALLS, "calls": CALLS["calls"][:1], **ASSERTS},
+            "wrong",
+            "2",
+        ),
+        (
+            "def add(a, b): return 3",
+            {**CHECK, "check": "def check(f):\n    f(1, 2)\n", **ASSERTS},
+            "wrong",
+            "test 2 of 3",
+        ),
+        (ADD, {**CHECK, "check": "def test(f):\n    assert f(1, 2) == 4\n"}, "unverifiable", "checks nothing"),
+        (ADD, {"asserts": ["", "def test_add():\n    assert add(1, 2) == 4\n"]}, "unverifiable", "checks nothing"),
+        (ADD, {"asserts": ["sum = add(1, 2)", "assert sum == 3"]}, "correct", "passed 2 tests"),
     ],
 )
 def test_verdicts_of_ordinary_programs(isolation, source, tests, expected, reason):
@@ -208,6 +223,8 @@ def test_a_response_is_graded_by_its_last_block_that_may_be_meant():
         ('{"function": "f", "calls": [{"args": [1]}]}', "'expected'"),
         ('{"language": "cobol", "asserts": ["assert f()"]}', "cobol"),
         ('{"asserts": ["assert f()"], "seconds": -1}', "positive"),
+        ('{"inputs": ["1", "2"], "outputs": ["1"]}', "2 'inputs' and 1 'outputs'"),
+        ('{"inputs": 5, "outputs": 5}', "no list"),
         ('{"inputs": ["1"], "outputs": [["x"], 3], "stdin": 4, "fn_name": "f"}', "input"),
     ],
 )

@@ -180,7 +180,8 @@ def _deliberate(answer: str, reference: str) -> bool:
     """Where ours is another verdict on purpose; each has a case in the table below."""
     both = answer + reference
     whole = re.fullmatch(r"\d+\\?%", answer.strip()) and re.fullmatch(r"\d+\\?%", reference.strip())
-    return ("x" in both and "," in both) or ("%" in both and not whole) or ("meters" in both and "cm" in both)
+    measured = sum(unit in both for unit in ("meters", "cm", "hours", "$"))
+    return ("x" in both and "," in both) or ("%" in both and not whole) or measured > 1
 
 
 # (answer, reference, ours): math-verify says the opposite.
@@ -188,6 +189,20 @@ DELIBERATE = [
     (r"12.5\%", "12.5", True),  # the sign is no difference for whole percentages, so neither here
     ("12.5", r"12.5\%", True),
     (r"5\text{ cm}", r"5\text{ m}", False),  # math-verify drops all units
+    (r"2 cm", "2 m", False),
+    (r"5\text{ cm}", r"5\text{ kg}", False),
+    (r"2\text{ m}^3", r"2\text{ cm}^3", False),
+    (r"5\text{ square meters}", r"5\text{ square feet}", False),
+    (r"36\text{ km/h}", r"36\text{ m/s}", False),
+    (r"36\text{ km per hour}", r"10\text{ m/s}", True),
+    (r"3:30\text{ pm}", r"3:30\text{ am}", False),
+    (r"2\text{ p.m.}", r"2\text{ a.m.}", False),
+    ("2516_8", "2516_9", False),
+    (r"2516_{\text{eight}}", "2516_8", True),
+    (r"1,2,\ldots", "1,2", False),
+    (r"0.1\overline{6}", r"\frac{1}{6}", True),
+    (r"0.\overline{36}", r"\frac{4}{11}", True),
+    (r"\textbf{(A)}\ 5", r"\text{(A)}", True),
     ("5 dollars", "5", True),
     ("1 1/2", "3/2", True),
     ("5.", "5", True),
@@ -209,6 +224,16 @@ def test_where_ours_differs_from_math_verify_on_purpose(answer, reference, ours)
     ("answer", "reference", "ours"),
     [
         (r"\$9,\!360", "9360", True),
+        (r"5\text{ pounds}", r"\$5", None),  # of weight or of money
+        (r"5\text{ ounces}", r"5\text{ ml}", None),  # of weight or of volume
+        (r"2\text{ liters}", r"2000\text{ cm}^3", True),
+        (r"2\text{ liters}", r"2000\text{ ml}", True),
+        (r"0.\overline{3}", "0.3", False),
+        ("10101_2", "10101", None),
+        (r"\textbf{(A)}\ 5", r"\text{(B)}", False),
+        (r"\text{(A), (B)}", r"\text{(A)}", None),
+        (r"1, \ldots, 9", r"1, \ldots, 9", True),
+        (r"5\text{ apples}", r"5\text{ fruits}", None),
         (r"\$18.00", "18", True),
         (r"280\ \text{feet}", "280", True),
         (r"1\text{ m}", r"100\text{ cm}", True),

@@ -45,6 +45,10 @@ from evals.grading.pool import TRIES, Pool, shared_pool
         (r"\boxed{A}", "A, C", "wrong"),
         (r"\boxed{A}", '{"answer": "purple", "options": ["red"]}', "unverifiable"),
         (r"\boxed{" + "A, " * 100_000 + "}", "A", "wrong"),
+        (r"\boxed{(A) or (B)}", "A", "wrong"),
+        (r"\boxed{A) or B)}", "A", "wrong"),
+        (r"\boxed{A. Organic}", "A", "correct"),
+        (r"\boxed{(A) or more}", "A", "correct"),
     ],
 )
 def test_choices(text, answer, verdict):

@@ -238,3 +238,11 @@ def test_limits_alone_still_bound_and_cannot_signal():
         "attempt('fork', os.fork)\nattempt('socket', socket.socket)"
     )  # fmt: skip
     assert "ALLOWED" not in printed
+
+
+@pytest.mark.skipif(why_not("limits-only") is not None, reason=f"{why_not('limits-only')}")
+def test_limits_alone_end_a_program_as_soon_as_its_time_is_over():
+    started = time.monotonic()
+    tests = json.dumps(json.loads(ECHO) | {"seconds": 1})
+    assert grade_code("while True: pass", tests, "limits-only")[1].endswith("took longer than 1 s")
+    assert time.monotonic() - started < 4  # it was 6: five more went by until the process was killed

@@ -102,6 +102,10 @@ _MODULES = {
 }  # fmt: skip
 
 
+# Tests that have no other statements pass whatever the program does.
+_DO_NOTHING = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Pass)
+
+
 class ProgramError(Exception):
     """An exception of a class that is not Python's own, or the end of the program."""
 
@@ -257,7 +261,7 @@ def _verdict(tests: dict[str, Any], line: wire.Line) -> tuple[str, str]:
                 return "wrong", f"test {number} of {len(calls)}: another value"
         except Exception as error:
             return "wrong", f"test {number} of {len(calls)}: {_short(error)}"
-    if calls:
+    if calls and not tests["code"]:
         return "correct", f"passed {len(calls)} tests"
     try:
         taken, helpers = _names(tests["code"], program)
@@ -273,14 +277,17 @@ def _verdict(tests: dict[str, Any], line: wire.Line) -> tuple[str, str]:
         exec(compile(tests.get("setup", ""), "setup.py", "exec", dont_inherit=True), scope)
     except Exception as error:
         return "unverifiable", f"the tests' setup fails: {_short(error)}"
-    done = 0
-    for test in tests["code"]:
+    checked = bool(calls)
+    for number, test in enumerate(tests["code"], start=1):
         try:
             exec(compile(test, "test.py", "exec", dont_inherit=True), scope)
             check = scope.pop("check", None) if function is not None else None
             if callable(check) and not isinstance(check, _Remote):
                 check(program[str(function)])
+                checked = True
+            checked = checked or any(not isinstance(statement, _DO_NOTHING) for statement in ast.parse(test).body)
         except Exception as error:
-            return "wrong", f"test {done + 1} of {len(tests['code'])}: {_short(error)}"
-        done += 1
-    return "correct", f"passed {done} tests"
+            return "wrong", f"test {number} of {len(tests['code'])}: {_short(error)}"
+    if not checked:
+        return "unverifiable", "the reference checks nothing: it only defines things"
+    return "correct", f"passed {len(calls) + len(tests['code'])} tests"
