@@ -116,6 +116,9 @@ def _problem(how: Reading, row: Mapping[str, Any], text: str) -> Problem:
     layout = how.layout
     tests, answer = _tests(row, layout.fields.get("tests")), _answer(row, layout)
     kind = _kind(row, layout) or ("code" if tests else "math" if answer else "open")
+    if kind in ("code", "choice", "reasoning-gym"):  # whose reference may be JSON, in our own form (docs/formats.md)
+        written = _tests(row, layout.fields.get("answer"))
+        tests, answer = tests or written, written if written and written.startswith("{") else answer
     source = _optional(row, layout.fields.get("source"))
     meta = {key: value for key, value in row.items() if key not in _used(layout) and _is_small(value)}
     meta |= {"family": how.name}

@@ -149,6 +149,18 @@ def test_own_fields_nested_and_constant(tmp_path):
     assert trace["teacher"] == "me" and trace["reasoning_tokens"] + trace["answer_tokens"] == 77
 
 
+@pytest.mark.parametrize("as_text", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "reference"),
+    [("code", {"asserts": ["assert f(1) == 2"]}), ("choice", {"answer": "B", "options": ["red", "blue"]})],
+)
+def test_a_reference_in_our_own_form_is_taken_as_it_is(tmp_path, kind, reference, as_text):
+    answer = json.dumps(reference) if as_text else reference
+    source = write_rows(tmp_path / "data.jsonl", [ROWS["prompt-response"] | {"answer": answer}])
+    _, [problem], _, _ = imported(tmp_path / "run", recipe_of(tmp_path, {"source": str(source), "kind": kind}))
+    assert (problem["kind"], json.loads(problem["answer"])) == (kind, reference)
+
+
 def test_code_problems_are_judged_by_their_tests(tmp_path):
     row = json.loads(json.dumps(ROWS["am"]))
     row["messages"][0]["info"] |= {"reference_answer": None, "test_case": {"inputs": ["1"], "outputs": ["2"]}}
