@@ -346,5 +346,5 @@ def _nothing_left(run: "RunFolder", funnel: Sequence[FunnelRow]) -> UserError:
     return UserError(
         f"none of the {funnel[0]['in']} traces passed the filters: '{name}' dropped the most, "
         f"{worst['in'] - worst['out']} of {worst['in']} (mostly: {reasons.most_common(1)[0][0]}); all reasons are in "
-        f"{path}"
+        f"{path}; no dataset was written"
     )

@@ -52,6 +52,13 @@ def mix(
         rank.append(int(hashlib.sha256(f"{seed}/mixture/{problem_id}".encode()).hexdigest()[:16], 16))
         count.append(len(sizes))
         tokens.append(sum(sizes))
+    for number, wanted in enumerate(parts):
+        if wanted.weight is not None and number not in part:
+            there = sorted({problems[trace["problem_id"]]["source"].partition("/")[0] for trace in selected})
+            raise UserError(
+                f"selection.mixture.{number}: no accepted trace is of {', '.join([*wanted.sources, *wanted.kinds])}, "
+                f"by the source and kind of its problem; there are {', '.join(there[:10])}"
+            )
     columns = [
         np.array(column, dtype=np.uint64 if column is rank else np.int64) for column in (part, rank, count, tokens)
     ]
@@ -103,10 +110,6 @@ def _within_budgets(
     own = [np.flatnonzero(part == number) for number in range(len(parts))]
     own = [rows[np.argsort(rank[rows], kind="stable")] for rows in own]
     for number, (rows, wanted) in enumerate(zip(own, parts, strict=True)):
-        if wanted.weight is not None and not len(rows):
-            raise UserError(
-                f"selection.mixture.{number}: no accepted trace is of {', '.join([*wanted.sources, *wanted.kinds])}"
-            )
         own[number] = _first(_first(rows, count, wanted.traces), tokens, wanted.tokens)
     unit = tokens if settings.mixture_by == "tokens" else count
     if all(wanted.weight is not None for wanted in parts):

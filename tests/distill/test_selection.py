@@ -150,7 +150,7 @@ def test_weights_by_tokens():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"mixture": [{"sources": ["nowhere"], "weight": 1.0}]}, r"mixture\.0: no accepted trace is of nowhere"),
+        ({"mixture": [{"sources": ["nowhere"], "weight": 1.0}]}, r"mixture\.0: .* is of nowhere, .*; there are"),
         ({"mixture": [{"sources": ["nowhere"]}]}, r"no accepted trace is left: .* 149 in no part"),
         ({"max_tokens": 3}, r"larger than the budgets"),
     ],
