@@ -18,7 +18,7 @@ from distill.generation.totals import Totals, error_kind
 from distill.records import EndpointState, Reply
 
 if TYPE_CHECKING:
-    from distill.recipe import Teacher
+    from distill.recipe import Sampling, Teacher
     from distill.runfolder import RunFolder
 
 _SHOW_SECONDS = 0.2
@@ -55,7 +55,7 @@ class Accounts:
         self._amount = Amount(sums.finished, sums.prompt_tokens, sums.completion_tokens)
         self._earlier = {name: Counter(kinds) for name, kinds in self._record.errors.items()}
         self._states: Mapping[str, EndpointState] = {}
-        self._gpus = gpus(run.recipe.teacher)
+        self._recipe, self._gpus = run.recipe, 0.0
         self._progress = run.progress("traces", wanted, "traces", done=done)
         self._wanted, self._done = wanted, done
         self._unshown = 0
@@ -63,6 +63,7 @@ class Accounts:
 
     def __enter__(self) -> "Accounts":
         if self._wanted > self._done:
+            self._gpus = gpus(self._recipe.teacher, self._recipe.sampling)
             self._record.starts += 1
             self._save()  # where the folder takes no new file, that is known before anything is asked
         self._now = self._shown = self._saved = time.monotonic()
@@ -183,15 +184,20 @@ class Accounts:
         self._record.save(self._path)
 
 
-def gpus(teacher: "Teacher") -> float:
-    """How many GPUs generation keeps busy: those behind the endpoints, or of this machine those that are used."""
+def gpus(teacher: "Teacher", sampling: "Sampling | None" = None) -> float:
+    """How many GPUs generation keeps busy: those behind the endpoints, or of this machine those that vLLM is given."""
     if teacher.kind == "endpoint":
         return sum(endpoint.gpus for endpoint in teacher.endpoints)
     if teacher.kind != "vllm":
         return 0.0  # our engine, as the embedded teacher, runs on the CPU
-    import torch
+    from distill.serving.arguments import sequence_length
+    from distill.serving.gpus import gpu_memories
+    from distill.serving.model import read_facts
+    from distill.serving.placement import place
 
-    settings, machine = teacher.vllm, torch.cuda.device_count()
-    if not machine or settings.tensor_parallel is None:
-        return float(machine)
-    return float(settings.tensor_parallel * settings.pipeline_parallel * settings.data_parallel)
+    memories = gpu_memories()
+    if not memories:
+        return 0.0
+    facts = read_facts(teacher.model, teacher.revision)
+    length = sequence_length(teacher, sampling, facts) or (sampling.max_tokens if sampling else 1)
+    return float(place(facts, teacher.vllm, memories, length).gpus)

@@ -27,7 +27,7 @@ class Run:
 
     def __init__(self, folder: Path, **teacher) -> None:
         self.folder = folder
-        self.recipe = SimpleNamespace(teacher=Teacher(model="m", **teacher))
+        self.recipe = SimpleNamespace(teacher=Teacher(model="m", **teacher), sampling=None)
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
@@ -303,6 +303,21 @@ def test_gpus_of_a_teacher():
     endpoints = [{"url": "http://a/v1", "gpus": 8}, {"url": "http://b/v1", "gpus": 0.5}]
     assert gpus(Teacher(model="m", kind="endpoint", endpoints=endpoints)) == 8.5
     assert gpus(Teacher(model="m")) == 0
+
+
+@pytest.mark.parametrize(
+    ("vllm", "memories", "used"),
+    [
+        ({}, [80], 1),
+        ({}, [80] * 4, 4),
+        ({"tensor_parallel": 2}, [80] * 4, 2),
+        ({"data_parallel": 1}, [80] * 3, 2),
+        ({}, [], 0),
+    ],
+)
+def test_gpus_of_a_vllm_teacher_are_those_that_it_is_given(monkeypatch, vllm, memories, used):
+    monkeypatch.setattr("distill.serving.gpus.gpu_memories", lambda: [size << 30 for size in memories])
+    assert gpus(Teacher(model="tiny-qwen", kind="vllm", vllm=vllm)) == used
 
 
 def test_counting_costs_less_than_ten_microseconds_a_reply(tmp_path):

@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from distill import problems, traces
 from distill.errors import UserError
+from distill.generation.logprobs import LogprobsReader
 from distill.generation.merge import merge, shard_folder
+from distill.records import TopLogprobs
 from distill.runfolder import RunFolder
 from tests.distill.small_run import FakeTeacher, install, make_recipe, right_reply
 
@@ -106,6 +109,45 @@ def test_more_samples_and_adaptive_sampling_are_no_other_recipe(tmp_path, monkey
 def merged(tmp_path, shards):
     merge(tmp_path / "run", shards)
     return tmp_path / "run"
+
+
+class WithLogprobs(FakeTeacher):
+    """Two likeliest tokens at each of some positions, told by their text and made from the ask's seed."""
+
+    def generate(self, asks):
+        seeds = {}
+        for batch in super().generate(asks):
+            seeds |= {ask.id: ask.seed for ask in self.asked}
+            yield [replace(reply, logprobs=likeliest(seeds[reply.id])) for reply in batch]
+
+
+def likeliest(seed):
+    rows = range(1 + seed % 5)
+    return TopLogprobs(
+        [[f"a{seed % 7}", f"b{n}"] for n in rows], [[-0.25, -1.5 - n] for n in rows], [f"b{n}" for n in rows]
+    )
+
+
+def test_log_probabilities_come_along(tmp_path, monkeypatch):
+    """Each shard has a table of token texts of its own; a merge that was killed leaves frames without lines."""
+    recipe = make_recipe(sampling={"logprobs": 2})
+    monkeypatch.setattr(f"{__name__}.FakeTeacher", WithLogprobs)
+    shards = [shard_folder(tmp_path / "run", (n, 2)) for n in (1, 2)]
+    for n, folder in enumerate(shards, start=1):
+        generate(folder, monkeypatch, recipe, (n, 2))
+    out = tmp_path / "run"
+    merge(out, shards[:1])
+    merge(out, shards)
+    expected = (out / "traces" / "logprobs.bin").read_bytes()
+    lines = (out / "traces" / "traces.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "traces" / "traces.jsonl").write_bytes(b"".join(lines[:-4]))
+    assert "4 traces added" in merge(out, shards)
+    assert (out / "traces" / "logprobs.bin").read_bytes() == expected
+    rows = [json.loads(line) for line in lines]
+    with LogprobsReader(out) as reader:
+        assert len(reader) == len(rows) == 24
+        for row in rows:
+            assert reader.top(row["id"]) == likeliest(row["sampling"]["seed"])
 
 
 def test_folders_that_cannot_be_merged(tmp_path, shards):

@@ -13,13 +13,14 @@ import pytest
 
 from distill import problems
 from distill.errors import UserError
+from distill.generation.past import generation
 from distill.traces import plan
 from tests.distill.small_run import make_recipe, open_run
 
 ADAPTIVE = {"samples": 2, "adaptive": {"most": 4}}
 # The child makes its traces with pauses, so that a kill at any moment meets it at work.
 CHILD = """
-import sys, time
+import json, sys, time
 from pathlib import Path
 from distill import traces
 from tests.distill.small_run import FakeTeacher, make_recipe, open_run
@@ -33,7 +34,8 @@ traces.identify_teacher = lambda settings: {"id": teacher.id}
 traces.open_teacher = lambda *_: teacher
 recipe = make_recipe(problems={"count": 40}, sampling=eval(sys.argv[2]))
 with open_run(Path(sys.argv[1]), recipe) as run:
-    print(traces.run(recipe, run)["made"], flush=True)
+    facts = traces.run(recipe, run)
+    print(json.dumps([facts["made"], facts["generation"]]), flush=True)
 """
 
 
@@ -70,6 +72,15 @@ def at_work(folder, sampling, more=5):
     return child
 
 
+def check_totals(facts, lines):
+    """The accounts say exactly what the lines do."""
+    rows = [json.loads(line) for line in lines]
+    assert facts["finished"] == sum(facts["outcomes"].values()) == len(rows)
+    assert facts["attempts"] == len(rows)
+    assert facts["prompt_tokens"] == sum(row["prompt_tokens"] for row in rows)
+    assert facts["completion_tokens"] == sum(row["reasoning_tokens"] + row["answer_tokens"] for row in rows)
+
+
 @pytest.mark.parametrize("sampling", [{"samples": 3}, ADAPTIVE])
 def test_killed_runs_end_in_the_same_set_of_traces(tmp_path, sampling):
     wanted = begin(tmp_path, sampling)
@@ -82,6 +93,7 @@ def test_killed_runs_end_in_the_same_set_of_traces(tmp_path, sampling):
         child.send_signal(signal.SIGKILL)
         child.communicate()
         survived.append(path.read_bytes().rpartition(b"\n")[0].split(b"\n"))
+        check_totals(generation(tmp_path, {}, None), survived[-1])  # what the report says of a run that was killed
     assert 0 < len(survived[0]) < len(survived[1]) < len(survived[2]) < len(wanted), "the kills came too late"
     # As a power cut leaves it, which a kill of the process alone does only by chance.
     with open(path, "ab") as file:
@@ -91,7 +103,10 @@ def test_killed_runs_end_in_the_same_set_of_traces(tmp_path, sampling):
     assert child.returncode == 0, errors
     found = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     assert sorted(row["id"] for row in found) == sorted(wanted)
-    assert output.split() == [str(len(wanted) - len(survived[-1]))]
+    made, told = json.loads(output)
+    assert made == len(wanted) - len(survived[-1])
+    check_totals(told, path.read_bytes().splitlines())
+    assert told["starts"] == 4 and told["wall_seconds"] > 0
     final = path.read_bytes().split(b"\n")
     for kept in survived:
         assert final[: len(kept)] == kept
@@ -106,5 +121,5 @@ def test_a_second_process_is_refused_and_ctrl_c_finishes_what_is_in_flight(tmp_p
     output, errors = child.communicate(timeout=60)
     assert child.returncode == 0, errors
     made = whole_lines(tmp_path / "traces" / "traces.jsonl")
-    assert output.split() == [str(made)] and made % 8 == 0 and 0 < made < len(wanted)
+    assert json.loads(output)[0] == made and made % 8 == 0 and 0 < made < len(wanted)
     assert "samples in flight are finished and kept; Ctrl-C again stops at once" in errors
