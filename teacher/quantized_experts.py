@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def chosen_path(device: torch.device) -> str:
-    """ "kernels" or "reference" for experts on `device`: decided and logged once a process."""
+    """Which path experts on `device` take, "kernels" or "reference": decided and logged once a process."""
     missing = obstacle(device)
     if missing is None:
         _log.info("FP8 experts on %s: Triton kernels", device)

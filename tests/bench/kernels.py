@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from teacher.kernels.arguments import obstacle
 from tests.bench.kernels_timing import FP8_PEAK, Bench, Ceilings, Row
 
 PARTS = ("experts", "mla")
@@ -69,8 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--only", choices=PARTS)
     options.add_argument("--commit", help="name of the code under test, where git does not know it")
     chosen = options.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("tests.bench.kernels needs a CUDA GPU; torch sees none here", file=sys.stderr)
+    missing = obstacle(torch.device("cuda", 0)) if torch.cuda.is_available() else "torch sees no CUDA GPU"
+    if missing is not None:
+        print(f"tests.bench.kernels cannot run here: {missing}", file=sys.stderr)
         return 2
     bench = Bench(chosen.quick)
     parts = [importlib.import_module(f"tests.bench.kernels_{part}") for part in PARTS if chosen.only in (None, part)]

@@ -54,7 +54,8 @@ class Row:
         return self.bytes / self.seconds / 1e12
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "tflops": round(self.tflops, 1), "tb_per_s": round(self.terabytes, 3)}
+        found = {**asdict(self), "tflops": round(self.tflops, 1), "tb_per_s": round(self.terabytes, 3)}
+        return {key: None if value != value else value for key, value in found.items()}  # JSON knows no NaN
 
 
 class Bench:

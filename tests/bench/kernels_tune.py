@@ -1,10 +1,10 @@
 """Measure the tiles of the grouped products on this GPU, and write the best for each shape to a file.
 
-    python -m tests.bench.kernels_tune --out DIR [--all DIR/all.json] [--only gemm|swiglu] [--few]
+    python -m tests.bench.kernels_tune --out DIR [--all DIR/all.json] [--only gemm|swiglu] [--commit X] [--few]
 
 DIR: teacher/kernels/configs (shipped), what DISTILL_KERNEL_CONFIGS names, or the user cache. Shapes are R1's:
 gate and up (N 2 x 2048, K 7168; also as a plain product of N 4096) and down (N 7168, K 2048), for the rows an expert
-gets at decode (256 experts, 1 to 512 tokens) and in prefill.
+gets at decode (256 experts, 1 to 4096 tokens) and in prefill.
 """
 
 from __future__ import annotations

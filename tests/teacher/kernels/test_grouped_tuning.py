@@ -1,4 +1,4 @@
-"""Which tile a product takes: shipped files are whole, what the user measured goes before them, and all else by rule."""
+"""Which tile a product takes: shipped files are whole, a user's own go before them, and all else goes by rule."""
 
 import json
 from pathlib import Path
