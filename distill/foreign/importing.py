@@ -242,9 +242,10 @@ class _Import:
         if totals["skipped"]:
             place = self.run.path("traces", "skipped.jsonl")
             first = next(row for _, row in read_jsonl(place))
+            what = f"{first['field']} {first['reason']}".strip()  # a line that is no JSON has no field
             console.print(
                 f"import    {totals['skipped']:,} of {totals['rows']:,} rows or generations could not be mapped; the "
-                f"first: {first['place']}: {first['field']} {first['reason']}; all are in {place}", soft_wrap=True,
+                f"first: {first['place']}: {what}; all are in {place}", soft_wrap=True,
                 markup=False,
             )  # fmt: skip
 

@@ -318,7 +318,8 @@ def _optional(row: Mapping[str, Any], path: str | None) -> str | None:
 def _found(value: Any) -> str:
     if value is ABSENT:
         return "missing"
-    return "null" if value is None else f"a {type(value).__name__}"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def _is_small(value: Any) -> bool:

@@ -67,7 +67,7 @@ def test_what_cannot_be_mapped_is_counted_and_named(tmp_path):
         ("2", ""), ("3", "generations.1"), ("3", "generations.2"), ("4", "problem"), ("5", "generations"),
         ("6", "problem"), ("7", ""),
     ]  # fmt: skip
-    assert "not valid JSON" in skipped[0]["reason"] and skipped[3]["reason"] == "is a int, expected text"
+    assert "not valid JSON" in skipped[0]["reason"] and skipped[3]["reason"] == "is a number, expected text"
     assert facts["skipped"] == manifest["imported"][0]["skipped"] == 7 and len(traces) == 2
 
 
