@@ -35,8 +35,10 @@ def pack(latent_NC: Tensor, rank: int) -> Tensor:
     tiles = -(-rank // TILE)
     tiles_NKT = F.pad(values_NR, (0, tiles * TILE - rank)).unflatten(-1, (tiles, TILE))
     amax_NK = tiles_NKT.abs().amax(-1)
-    # Below fp32's smallest normal number a GPU's division may differ.
-    scale_NK = torch.where(amax_NK == 0, 1.0, (amax_NK / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny))
+    # By a tensor: on a GPU torch divides by a number by multiplying by its reciprocal, which rounds otherwise. Below
+    # fp32's smallest normal number a GPU's division may differ too.
+    scale_NK = (amax_NK / amax_NK.new_tensor(FP8_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
+    scale_NK = torch.where(amax_NK == 0, 1.0, scale_NK)
     codes_NR = (tiles_NKT / scale_NK.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).flatten(-2)[..., :rank].to(FP8)
     parts = codes_NR, scale_NK, rope_ND.to(torch.bfloat16)
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)

@@ -48,12 +48,12 @@ class Config(NamedTuple):
 
 # By (FP8, queries of a program), measured on an H200: see docs/kernels.md.
 CONFIGS = {
-    (False, 16): Config(32, 4, 2, 4),
-    (False, 32): Config(32, 4, 2, 2),
+    (False, 16): Config(32, 4, 5, 2),
+    (False, 32): Config(32, 4, 5, 2),
     (False, 64): Config(64, 8, 2, 1),
-    (True, 16): Config(32, 4, 5, 2),
+    (True, 16): Config(64, 4, 1, 2),
     (True, 32): Config(32, 4, 3, 2),
-    (True, 64): Config(64, 8, 2, 1),
+    (True, 64): Config(64, 8, 5, 1),
 }
 
 

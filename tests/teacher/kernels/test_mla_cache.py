@@ -64,10 +64,10 @@ def test_what_append_cannot_take_is_named():
     cache = torch.zeros(2, 16, 656, dtype=torch.uint8, device=DEVICE)
     place = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match=r"bfloat16 cache of shape \(2, 16, 656\)"):
-        append(cache.bfloat16(), place, torch.randn(3, 576), 512)
+        append(cache.bfloat16(), place, torch.randn(3, 576, device=DEVICE), 512)
     with pytest.raises(ValueError, match="68 a row"):
-        append(cache, place, torch.randn(3, 48), 32)
+        append(cache, place, torch.randn(3, 48, device=DEVICE), 32)
     with pytest.raises(ValueError, match=r"latents are \[4, 576\], places \[3\]"):
-        append(cache, place, torch.randn(4, 576), 512)
+        append(cache, place, torch.randn(4, 576, device=DEVICE), 512)
     with pytest.raises(ValueError, match="kv_lora_rank % 4"):
         row_bytes(30, 8)
