@@ -51,9 +51,8 @@ def test_other_ranks_and_page_sizes(rank, rope, heads, page_size, fp8):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("heads", [16, 32, 64])
-@pytest.mark.parametrize("block_n", [16, 32, 64])
-def test_tiles_of_any_size_compute_the_same(block_n, heads, fp8):
+@pytest.mark.parametrize(("heads", "block_n"), [(16, 16), (16, 32), (16, 64), (32, 32), (32, 64), (64, 32), (64, 64)])
+def test_tiles_of_any_size_compute_the_same(heads, block_n, fp8):
     case = Case([1, 65, 333], heads, fp8=fp8)
     config = Config(block_n, 8 if heads == 64 else 4, 2, 1)
     assert error(case.run(config=config, splits=2), case.reference()) < BOUND
