@@ -128,6 +128,8 @@ def _another_meaning(ours: str, theirs: str) -> bool:
     half, other = _HALF_OF_DAY.search(ours), _HALF_OF_DAY.search(theirs)
     if half and other and half[1].lower() != other[1].lower():
         return True
+    if len(ours) > _PROSE:  # a text may show a list on the way to its answer
+        return False
     return bool(_DOTS.search(ours)) and not _DOTS.search(theirs) and ("," in ours or ";" in ours)
 
 

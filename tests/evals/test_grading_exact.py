@@ -329,3 +329,9 @@ def test_real_answers_are_graded_as_math_verify_does_and_almost_none_needs_it():
         if (g.verdict == "correct") != (compare(g.extracted, ref)[0] == "correct")
     ]
     assert apart == []
+
+
+def test_a_list_on_the_way_to_an_answer_is_no_list_that_goes_on():
+    prose = r"The sequence is $1, 1+d, 1+2d, \dots$, so that " + "each divisor of 90 gives one difference. " * 5
+    assert exactly_equal(prose + "There are 12 sequences.", "12") is None  # left to who reads prose
+    assert exactly_equal(r"1, 2, \dots", "1, 2") is False
