@@ -25,6 +25,7 @@ _MAGIC = b"distill traces, index version 1\n"
 _ROW = 32
 _SPOT_CHECKS = 64
 _CHUNK = 1 << 16
+_READ = 1 << 16  # bytes at once: several lines, for they mostly lie in the order that they are read in
 _HEAD = re.compile(rb'\{"id": ?"([^"\\]*)"')
 
 
@@ -82,6 +83,8 @@ class Finished:
         """Which of these ids are there."""
         import numpy as np
 
+        if not len(self._ids):  # a new run asks this of every problem
+            return [False] * len(ids)
         return list((self.find(np.array(ids, dtype=np.uint64)) >= 0).tolist())
 
     def read(self, identity: int) -> dict[str, Any]:
@@ -94,7 +97,7 @@ class Finished:
 
     def rows(self, places: "np.ndarray") -> Iterator[dict[str, Any]]:
         """The traces at these places, in this order."""
-        with open(self.traces, "rb") as file:
+        with open(self.traces, "rb", buffering=_READ) as file:
             for offset in self._offsets[places].tolist():
                 file.seek(offset)
                 yield parse(file.readline(), f"{self.traces}, byte {offset}")

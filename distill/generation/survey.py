@@ -137,7 +137,7 @@ def stand(problem: Problem, planner: Planner, finished: Finished, verifier: Veri
         missing = [n for n, is_there in enumerate(there) if not is_there]
         if adaptive is None or verifier is None:
             return Standing(wanted, missing, 0, [], ids)
-        grades = verifier.known(problem, ids)
+        grades = verifier.known(problem, ids) if any(there) else [None] * len(ids)
         right = sum(bool(grade) for grade, is_there in zip(grades, there, strict=True) if is_there)
         if right >= adaptive.verified:
             return Standing(wanted - len(missing), [], right, [], ids)

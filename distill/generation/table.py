@@ -73,12 +73,18 @@ def _parquet(traces: Iterable[Trace], schema: "pyarrow.Schema") -> Iterator[byte
 
 
 def _table(rows: list[Any], schema: "pyarrow.Schema") -> "pyarrow.Table":
+    try:
+        return _columns(rows, schema)
+    except UnicodeEncodeError:  # a lone surrogate, which Arrow's strings cannot hold
+        return _columns([_sound(row) for row in rows], schema)
+
+
+def _columns(rows: list[Any], schema: "pyarrow.Schema") -> "pyarrow.Table":
+    """As Table.from_pylist, in half its time."""
     import pyarrow as pa
 
-    try:
-        return pa.Table.from_pylist(rows, schema)
-    except UnicodeEncodeError:  # a lone surrogate, which Arrow's strings cannot hold
-        return pa.Table.from_pylist([_sound(row) for row in rows], schema)
+    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _sound(value: Any) -> Any:

@@ -67,6 +67,8 @@ def _compact(spaced: str) -> str:
 
 def normalise(answer: str) -> str:
     r"""An answer without invisible characters, typesetting, text wrappers and spaces; never longer than the input."""
+    if answer.isascii() and answer.isalnum():  # a whole number, a letter: nothing to remove
+        return answer
     return _compact(_WRAPPER.sub(r"\1", _spaced(answer)).replace("\\%", "%").replace("\\$", ""))
 
 
