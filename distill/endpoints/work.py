@@ -65,6 +65,7 @@ class Work:
         self._wake: asyncio.Future[None] | None = None
         self._all_down_since: float | None = None
         self._spoke: dict[str, float] = {}
+        self._told_down: set[str] = set()
         for endpoint in endpoints:
             endpoint.limit.restart(clock())
             if not endpoint.up and endpoint.out is None:  # since an earlier call
@@ -277,13 +278,15 @@ class Work:
             _say(f"no endpoint is up ({endpoint.name}: {said}); waiting for one")
         elif now - self._spoke.get(endpoint.name, -_QUIET_SECONDS) >= _QUIET_SECONDS:
             self._spoke[endpoint.name] = now
+            self._told_down.add(endpoint.name)
             _say(f"{endpoint.name} is down ({said}); its work goes to the others")
         self._start(self._bring_back(endpoint))
 
     async def _bring_back(self, endpoint: Endpoint) -> None:
         await endpoint.wait_until_back()
-        if self._all_down_since is not None:
+        if endpoint.name in self._told_down or self._all_down_since is not None:
             self._all_down_since = None
+            self._told_down.discard(endpoint.name)
             _say(f"{endpoint.name} is up again")
         self._fill_soon()
 

@@ -355,7 +355,7 @@ def test_work_is_shared_by_weight():
     assert {r.endpoint for r in found.values()} == {one.url, three.url}
 
 
-def test_a_lost_endpoints_work_moves_to_the_other_and_it_is_taken_back():
+def test_a_lost_endpoints_work_moves_to_the_other_and_it_is_taken_back(capsys):
     def slowly(request):
         time.sleep(0.02)
         request.say()
@@ -378,6 +378,9 @@ def test_a_lost_endpoints_work_moves_to_the_other_and_it_is_taken_back():
     # Nothing was held against the samples that were in flight.
     assert {(r.finish_reason, r.attempts) for r in found} == {("stop", 1)}
     assert backend.states()[one.url].up and len(back.asked) > 50
+    down, up = capsys.readouterr().err.splitlines()
+    assert down.startswith(f"{one.url} is down (") and down.endswith("); its work goes to the others")
+    assert up == f"{one.url} is up again"
 
 
 def test_without_any_endpoint_it_waits_and_says_so_once(capsys):
