@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError
 from distill.files import sha256_file, sha256_json
@@ -22,6 +22,7 @@ _CACHE_BYTES = 1 << 30  # of the engine's cache, at most; but it holds one seque
 _PAUSE = 0.01  # seconds
 # What decides the text that a model folder generates; its README and training logs do not.
 _IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+_USUAL_DTYPE = "float32"  # what `teacher.dtype` null means here
 
 
 def teacher_folder(model: str, field: str = "teacher.model") -> Path:
@@ -73,13 +74,19 @@ class OpenModel:
     stop_ids: tuple[int, ...]  # what ends a completion
 
 
-def open_model(model: str, dtype: str | None = None, device: str = "cpu", field: str = "teacher.model") -> OpenModel:
+def open_model(
+    model: str,
+    dtype: str | None = None,
+    device: str = "cpu",
+    field: str = "teacher.model",
+    experts: Literal["fp8"] | None = None,
+) -> OpenModel:
     """Load a teacher's folder; dtype None: the checkpoint's. Raises ValueError naming what is wrong with it."""
     from teacher import load_model
 
     folder = teacher_folder(model, field)
     tokenizer = load_tokenizer(str(folder), field=field)
-    weights = load_model(folder, dtype=dtype, device=device)
+    weights = load_model(folder, dtype=dtype, device=device, experts=experts)
     if len(tokenizer) > weights.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {weights.config.vocab_size}; "
@@ -90,7 +97,7 @@ def open_model(model: str, dtype: str | None = None, device: str = "cpu", field:
 
 def identity(teacher: "Teacher") -> dict[str, Any]:
     """What the manifest says of the teacher, found without loading it: "id", "model", "kind" and "licence"."""
-    name = teacher_id(teacher.model) + variant(teacher, "float32")
+    name = teacher_id(teacher.model) + variant(teacher, _USUAL_DTYPE)
     return {"kind": teacher.kind, "model": teacher.model, "id": name, "licence": teacher_licence(teacher.model)}
 
 
@@ -103,6 +110,7 @@ def variant(teacher: "Teacher", usual_dtype: str | None = None) -> str:
     settings = {
         "think": "leave" if teacher.think == "leave" else None,
         "dtype": None if teacher.dtype == usual_dtype else teacher.dtype,
+        "experts": teacher.experts,
     }
     return "".join(f"+{name}={value}" for name, value in settings.items() if value is not None)
 
@@ -111,7 +119,8 @@ class EmbeddedTeacher:
     """A loaded model with its tokenizer and engine; see distill.records.TeacherBackend."""
 
     def __init__(self, teacher: "Teacher") -> None:
-        opened = open_model(teacher.model, teacher.dtype or "float32")
+        dtype = teacher.dtype or _USUAL_DTYPE
+        opened = open_model(teacher.model, dtype, teacher.device, experts=teacher.experts)
         self.id = identity(teacher)["id"]
         self.batch_size = teacher.batch_size
         self.model, self.stop_ids = opened.model, opened.stop_ids

@@ -54,13 +54,19 @@ class Teacher(Section):
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Numeric type of weights and activations; null: float32 embedded, vLLM's choice in vLLM."
     )
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where our engine runs: 'cpu' or 'cuda'.")
+    experts: Literal["fp8"] | None = Field(
+        None, description="'fp8': our engine keeps routed experts in FP8, by Triton kernels on a Hopper GPU."
+    )
     endpoints: Annotated[list[Endpoint], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Servers of kind 'endpoint', all of the same model."
     )
     api: Literal["chat", "completions"] = Field(
         "chat", description="'completions': the prompt is rendered here, with `tokenizer`'s chat template."
     )
-    tokenizer: str | None = Field(None, description="Folder or hub name for `api: completions`; null: `model`.")
+    tokenizer: str | None = Field(
+        None, description="Folder or hub name, for `api: completions` and kind 'vllm'; null: `model`."
+    )
     think: Literal["auto", "force", "leave"] = Field(
         "auto",
         description="'force': the reply starts after '<think>\\n'; 'leave': as the template ends; 'auto': forced where "

@@ -38,7 +38,8 @@ class ServeOptions:
     speculate: int | None = None
     max_waiting: int = 1024
     dtype: str | None = None
-    device: str = "cpu"
+    experts: Literal["fp8"] | None = None
+    device: str | None = None
     grace: float = 30
 
 
@@ -51,7 +52,7 @@ def run(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; `what` is a model or a recipe. Raises ValueError for what cannot be served."""
     teacher, sampling = _wanted(what, overrides, options)
-    if engine == "own" or (engine == "auto" and _ours(teacher, options.device)):
+    if engine == "own" or (engine == "auto" and _ours(teacher, teacher.device)):
         if vllm.output != "run" or vllm.nodes > 1:
             raise UserError("--print, --script and --nodes are about vLLM: ask for it with --engine vllm")
         _serve_ourselves(teacher, options)
@@ -70,7 +71,9 @@ def _wanted(what: str, overrides: list[str], options: ServeOptions) -> "tuple[Te
     from distill.recipe_load import load_recipe
     from distill.serving.serve import teacher_for
 
-    settings = {"batch_size": options.batch_size, "dtype": options.dtype}
+    settings = {
+        "batch_size": options.batch_size, "dtype": options.dtype, "device": options.device, "experts": options.experts,
+    }  # fmt: skip
     stated = {name: value for name, value in settings.items() if value is not None}
     tuned = {"max_model_len": options.max_len, "speculate": options.speculate}
     tuned = {name: value for name, value in tuned.items() if value is not None}
@@ -126,7 +129,7 @@ def _on_our_engine(teacher: "Teacher", options: ServeOptions) -> "tuple[FastAPI,
     from teacher.server.app import create_app
     from teacher.server.generate import Served, read_defaults
 
-    opened = open_model(teacher.model, teacher.dtype, options.device, field="MODEL")
+    opened = open_model(teacher.model, teacher.dtype, teacher.device, "MODEL", teacher.experts)
     # Small checkpoints are bfloat16 like large ones, but only in float32 do they run in C, many times as fast.
     if teacher.dtype is None and suits(opened.model) and obstacle() is None:
         opened.model.float()

@@ -18,6 +18,9 @@ from teacher.runner import TorchRunner
 
 _log = logging.getLogger(__name__)
 
+# Latent and rotary sizes for which the MLA kernel is proved on a GPU (docs/kernels.md); DeepSeek-V2's, V3's and R1's.
+_PROVED = (512, 64)
+
 
 def runners(
     model: DeepseekV3, cache: LatentCache, threads: int, native: bool, graphs: bool, kernels: bool
@@ -39,6 +42,9 @@ def decodes_by_kernel(model: DeepseekV3, cache_dtype: torch.dtype, page_size: in
     missing = obstacle(weight.device)
     if missing is None and weight.dtype != torch.bfloat16:
         missing = f"the model is in {weight.dtype}, the kernel takes bfloat16"
+    sizes = config.kv_lora_rank, config.qk_rope_head_dim
+    if missing is None and sizes != _PROVED:
+        missing = f"latents of {sizes[0]} + {sizes[1]}, on a GPU the kernel is proved for {_PROVED[0]} + {_PROVED[1]}"
     if missing is None:
         from teacher.kernels.mla_decode import cache_obstacle
 

@@ -17,8 +17,7 @@ LENGTHS = [1, 63, 64, 65, 577, 1088]
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("heads", [16, 128])
-@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize(("heads", "splits"), [(16, 1), (16, 5), (128, 5)])
 def test_deepseeks_sizes_at_any_length(heads, splits, fp8):
     # The interpreter takes a minute for all lengths at 128 heads.
     case = Case(LENGTHS if DEVICE == "cuda" or heads == 16 else [1, 65, 200], heads, fp8=fp8)
@@ -37,9 +36,9 @@ def test_new_tokens_are_causal_among_themselves(tokens, fp8):
 
 
 @pytest.mark.parametrize(
-    ("rank", "rope", "heads"), [(512, 64, 4), (384, 64, 16), (128, 16, 20), (32, 16, 4), (16, 8, 2)]
+    ("rank", "rope", "heads", "page_size"),
+    [(512, 64, 4, 16), (512, 64, 4, 128), (384, 64, 16, 64), (128, 16, 20, 64), (32, 16, 4, 16), (16, 8, 2, 128)],
 )
-@pytest.mark.parametrize("page_size", [16, 64, 128])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_other_ranks_and_page_sizes(rank, rope, heads, page_size, fp8):
     case = Case([1, 17, 130, 90], heads, 2, rank, rope, page_size, fp8=fp8)
