@@ -44,7 +44,7 @@ class Trace(TypedDict):
     cost: float
     attempts: NotRequired[int]  # requests that it took
     endpoint: NotRequired[str]  # where it came from, if there are several
-    teacher: str  # "<name>@<12 hex>", the hash of the weights, configuration and tokenizer
+    teacher: str  # "<name>@<12 hex>", the hash of the weights, configuration and tokenizer; "+think=leave" and such
     sampling: dict[str, Any]
     text: str  # the generated text as it came, after the prompt
     meta: NotRequired[dict[str, Any]]  # of an imported trace: its place in the source, and what that said of it
@@ -168,7 +168,7 @@ class Asks(Protocol):
 class TeacherBackend(Protocol):
     """One kind of teacher (recipe field teacher.kind), ready to be asked."""
 
-    id: str  # "<name>@<12 hex>": equal ids mean the same weights, configuration and tokenizer
+    id: str  # "<name>@<12 hex>": equal ids mean the same weights, configuration, tokenizer and way of asking
 
     def generate(self, asks: Asks) -> Iterator[list[Reply]]:
         """Yield replies as they finish, in batches; an empty batch at least every 0.2 s, for the stage to do its work.
