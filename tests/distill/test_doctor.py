@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 from rich.console import Console
 
@@ -75,3 +76,15 @@ def test_it_says_whether_the_engine_runs_in_c(monkeypatch):
     monkeypatch.setattr("teacher.native.build.obstacle", lambda: "no C compiler (cc)")
     assert doctor.embedded_state(laptop) == "ready, on CPUs in torch alone (slower): no C compiler (cc)"
     assert doctor.embedded_state(Machine(2, None, GIB, None, [])) == "torch does not load"
+
+
+def test_vllm_in_an_environment_of_its_own_is_found(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("distill.serving.interpreter._BUILT", Path("made/bin/python"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None)
+    big = Machine(64, 512 * GIB, 500 * GIB, 64, [H100] * 8)
+    assert doctor.vllm_found() is None and missing(big)["one GPU"] == ["vLLM: pip install 'distill[vllm]'"]
+    (tmp_path / "made" / "bin").mkdir(parents=True)
+    (tmp_path / "made" / "bin" / "python").touch()
+    assert doctor.vllm_found() == f"in {tmp_path / 'made'}" and missing(big)["one GPU"] == missing(big)["cluster"] == []
