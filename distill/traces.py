@@ -10,6 +10,7 @@ Nothing here grows with the number of samples but some 30 bytes of each: problem
 are asked, what comes back is written and forgotten.
 """
 
+import gc
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -52,6 +53,8 @@ def run(recipe: Recipe, run: "RunFolder") -> dict[str, Any]:
     facts = identify_teacher(recipe.teacher)
     run.manifest.update(teacher=facts)
     with ExitStack() as stack:
+        gc.freeze()  # what is imported is not looked through again and again while millions of samples pass
+        stack.callback(gc.unfreeze)
         stage = _Stage(recipe, run, Planner(recipe, facts["id"]), stack)
         stage.generate()
         return {**stage.facts(), "teacher": facts["id"]}

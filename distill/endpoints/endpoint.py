@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 
 import orjson
 
@@ -132,19 +133,21 @@ class Endpoint:
         return connection
 
     def _post(self, body: bytes) -> bytes:
-        path = PATHS[self._teacher.api]
-        accept = "text/event-stream" if self._teacher.stream else "application/json"
-        return self._head("POST", path, {"Accept": accept, "Content-Type": "application/json"}, len(body)) + body
+        return b"%bContent-Length: %d\r\n\r\n%b" % (self._post_head, len(body), body)
 
-    def _head(self, method: str, path: str, more: Mapping[str, str], length: int | None = None) -> bytes:
+    @cached_property
+    def _post_head(self) -> bytes:
+        accept = "text/event-stream" if self._teacher.stream else "application/json"
+        return self._head("POST", PATHS[self._teacher.api], {"Accept": accept, "Content-Type": "application/json"})
+
+    def _head(self, method: str, path: str, more: Mapping[str, str]) -> bytes:
+        """The request line and the headers, to which others may be added; each with its line end."""
         headers = {**self.address.headers(), "User-Agent": f"distill/{__version__}", "Accept-Encoding": "identity"}
         headers |= more
-        if length is not None:
-            headers["Content-Length"] = str(length)
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         lines = [f"{method} {self.address.target(path)} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
 
     # Health.
 
@@ -186,7 +189,8 @@ class Endpoint:
 
     async def models(self) -> list[dict[str, object]]:
         """The entries of GET /models. Raises as `ask` does."""
-        sink = await self._exchange(self._head("GET", "/models", {"Accept": "application/json"}), 1 << 22)
+        request = self._head("GET", "/models", {"Accept": "application/json"}) + b"\r\n"
+        sink = await self._exchange(request, 1 << 22)
         try:
             entries = orjson.loads(sink.raw if isinstance(sink, Whole) else b"")["data"]
             return [entry for entry in entries if isinstance(entry, dict)]

@@ -42,6 +42,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[Head] | None = None
         self._choose: Callable[[Head], Sink] | None = None
@@ -60,7 +61,7 @@ class Connection(asyncio.Protocol):
     def exchange(self, request: bytes, choose: Callable[[Head], Sink]) -> "asyncio.Future[Head]":
         """Send a whole request; `choose` names the sink of the body once the head is there."""
         assert self._answer is None and self._transport is not None
-        self._answer = asyncio.get_running_loop().create_future()
+        self._answer = self._loop.create_future()
         self._choose, self._sink, self._head = choose, None, None
         self.last, self.received = self._clock(), 0
         self._transport.write(request)

@@ -120,6 +120,8 @@ class Work:
     def _next(self, sample: _Sample) -> Endpoint | None:
         """The endpoint whose turn it is by weight (stride scheduling: Waldspurger and Weihl, 1995), among those with
         room; the one where the sample just failed only if there is no other."""
+        if len(self._endpoints) == 1:
+            return self._endpoints[0] if self._endpoints[0].room > 0 else None
         failed = sample.charged[0] if sample.charged else None
         open_ = [endpoint for endpoint in self._endpoints if endpoint.room > 0]
         if not open_:

@@ -57,7 +57,7 @@ class Planner:
         return {**self._record, "seed": seed}
 
     def _start(self, problem: Problem) -> "hashlib._Hash":
-        return hashlib.sha256(f"[{_text(problem['id'])},{_text(problem['problem'])},".encode())
+        return hashlib.sha256(f"[{canonical(problem['id'])},{canonical(problem['problem'])},".encode())
 
     def _seeds(self, problem_id: str) -> "hashlib._Hash":
         return hashlib.sha256(f"{self._seed}/{problem_id}/".encode())
@@ -103,11 +103,8 @@ def trace_id(problem: Problem, sample: int, sampling: dict[str, Any], teacher_id
     return sha256_json([problem["id"], problem["problem"], sample, sampling, teacher_id])[:16]
 
 
-def _text(value: str) -> str:
-    """canonical(), for what is nearly always a text."""
-    return encode_basestring(value) if isinstance(value, str) else canonical(value)
-
-
 def canonical(value: Any) -> str:
     """As sha256_json reads a value."""
+    if isinstance(value, str):  # nearly always, and dumps makes an encoder for each call
+        return encode_basestring(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -21,6 +21,7 @@ from distill.records import Problem
 from distill.runfolder import Shard
 
 _CHUNK = 1024  # problems
+_BLOCK = 1 << 14  # bytes
 
 
 class ProblemFile:
@@ -29,6 +30,7 @@ class ProblemFile:
     def __init__(self, path: Path, shard: Shard | None) -> None:
         self.path, self.shard = path, shard
         self.offsets = array("Q")
+        self._block, self._block_begin = b"", 0  # of the file, where __getitem__ last read
         self.repeated: frozenset[int] = (
             frozenset()
         )  # places of lines that repeat an earlier one; walk() leaves them out
@@ -54,13 +56,22 @@ class ProblemFile:
             position += len(line)
 
     def __getitem__(self, index: int) -> Problem:
-        begin, data = self.offsets[index], b""
-        while not data.endswith(b"\n"):
-            part = os.pread(self._file.fileno(), 4096, begin + len(data))
+        begin = self.offsets[index]
+        first = begin - self._block_begin
+        end = self._block.find(b"\n", first) if first >= 0 else -1
+        if end < 0:  # problems are mostly taken in the file's order, so the next ones are in the block too
+            first, end = 0, self._read_block(begin)
+        return cast(Problem, parse(self._block[first : end + 1], f"{self.path}, byte {begin}"))
+
+    def _read_block(self, begin: int) -> int:
+        """Hold what is in the file from `begin` on, at least a line; returns where that ends."""
+        self._block, self._block_begin = b"", begin
+        while (end := self._block.find(b"\n")) < 0:
+            part = os.pread(self._file.fileno(), _BLOCK, begin + len(self._block))
             if not part:
-                break
-            data += part[: part.find(b"\n") + 1] or part
-        return cast(Problem, parse(data, f"{self.path}, byte {begin}"))
+                return len(self._block)
+            self._block += part
+        return end
 
     def __len__(self) -> int:
         return len(self.offsets)

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from distill.errors import UserError
-from distill.generation.lines import parse
+from distill.generation.lines import encode, parse
 from distill.generation.plan import canonical
 from distill.jsonl import Appender
 from distill.records import Problem, Trace
@@ -109,7 +109,7 @@ class Verifier:
             {"id": grade.trace_id, "key": f"{grade.key:016x}", "right": grade.right} for grade in found if grade.settled
         ]
         if rows:
-            self._file.append_many(rows, sync=False)  # lost with the power, it is graded again
+            self._file.append_lines(map(encode, rows))  # not synced: lost with the power, it is graded again
         return found
 
     def _grade(self, items: Sequence[tuple[int, Problem, Trace]]) -> None:
