@@ -24,6 +24,7 @@ from distill.shipped import SHIPPED_MODELS, resolve_model
 Inputs = Callable[[Recipe, RunFolder], list[Any]]
 _HOW_IT_IS_ASKED: Any = {
     "batch_size": True, "endpoints": True, "stream": True, "idle_timeout": True, "timeout": True, "attempts": True,
+    "device": True,
     "vllm": {"tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel", "gpu_memory_utilization",
              "speculate", "python"},
 }  # fmt: skip

@@ -115,8 +115,14 @@ class Recipe(Section):
     )
     filters: Filters = Field(default_factory=Filters, description="Which traces are accepted.")
     selection: Selection = Field(default_factory=Selection, description="Which accepted traces are trained on.")
-    students: list[Student] = Field(description="Students to fine-tune, each with its baselines.")
-    evals: Evals = Field(description="What the students and baselines are measured on.")
+    students: list[Student] = Field(
+        default_factory=list,
+        description="Students to fine-tune, each with its baselines; none: the dataset is the end.",
+    )
+    evals: Evals = Field(
+        default_factory=lambda: Evals(tasks=[], teacher=False),
+        description="What the students and baselines are measured on.",
+    )
     report: Report = Field(default_factory=Report, description="What the page shows.")
 
     @model_validator(mode="before")
@@ -135,18 +141,14 @@ class Recipe(Section):
                 tree["evals"] = {"teacher": False} | tree["evals"]
         tree.setdefault("sampling", {"samples": 1, "instruction": ""})
         tree.setdefault("filters", default_filters())
-        tree.setdefault("students", [])
-        tree.setdefault("evals", {"tasks": [], "teacher": False})
         return tree
 
     @model_validator(mode="after")
     def _complete(self) -> "Recipe":
         recorded = self.teacher.kind == "recorded"
         if not self.traces:
-            if not self.students:
-                raise ValueError("students: should have at least 1 item, found a list")
-            if not self.evals.tasks:
-                raise ValueError("evals.tasks: should have at least 1 item, found a list")
+            if self.students and not self.evals.tasks:
+                raise ValueError("evals.tasks: expected at least one, on which `students` are measured; found none")
             if recorded:
                 raise ValueError("teacher.kind: 'recorded' is for recipes with `traces`")
         if recorded and self.evals.teacher:

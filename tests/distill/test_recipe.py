@@ -133,7 +133,7 @@ def test_override_of_an_aliased_section_touches_one_place_only(tmp_path):
         ("problems.count=1000000000000", r"problems\.count: should be less than or equal to 1000000000"),
         ("selection.validation_fraction=1.0", r"should be less than 1,"),
         ("students.0.method=lor", r"students\.0\.method: should be 'full' or 'lora', found text 'lor'"),
-        ("students=[]", r"students: should have at least 1 item"),
+        ("evals.tasks=[]", r"evals\.tasks: expected at least one, on which `students` are measured; found none"),
         ("students.0=3", r"students\.0: expected a mapping of settings, found a number 3"),
         ("teacher=null", r"teacher: expected a mapping of settings, found nothing"),
         ("name=../up", r"name: should match pattern"),
@@ -218,3 +218,10 @@ def test_missing_recipe_names_a_near_one():
 def test_yaml_floats_are_numbers(value):
     # PyYAML's own resolver reads '2e-05' as text.
     assert parse_yaml(f"a: {value!r}", "f") == {"a": value}
+
+
+def test_a_recipe_may_end_at_the_dataset(tmp_path):
+    path = tmp_path / "only.yaml"
+    path.write_text("name: only\nproblems: {source: p.jsonl}\nteacher: {model: tiny-r1}\nsampling: {samples: 2}\n")
+    recipe = load_recipe(path)
+    assert (recipe.students, recipe.evals.tasks, recipe.evals.teacher) == ([], [], False)
