@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 _PROBLEMS = 256  # looked up at once
-_GROUP_BYTES = 16 << 20  # of text in a row group: what is held in memory
+_PART_BYTES = 1 << 20  # of text that is held as Python's objects
+_PARTS = 16  # in a row group, which is held as Arrow's columns
 
 
 def current_traces(problems: ProblemFile, planner: Planner, finished: Finished) -> Iterator[Trace]:
@@ -54,22 +55,30 @@ def _schema(settings: dict[str, Any], with_endpoint: bool) -> "pyarrow.Schema":
 
 def _parquet(traces: Iterable[Trace], schema: "pyarrow.Schema") -> Iterator[bytes]:
     """The file's bytes, a row group at a time."""
+    import pyarrow as pa
     from pyarrow import parquet
 
     sink = _Sink()
     with parquet.ParquetWriter(sink, schema, compression="zstd") as writer:
-        rows: list[Any] = []
-        size = 0
-        for trace in traces:
-            rows.append(trace)
-            size += 2 * len(trace["text"]) + 1000
-            if size >= _GROUP_BYTES:
-                writer.write_table(_table(rows, schema))
-                yield sink.take()
-                rows, size = [], 0
-        if rows:
-            writer.write_table(_table(rows, schema))
+        parts = (_table(rows, schema) for rows in _pieces(traces))
+        while group := list(islice(parts, _PARTS)):
+            writer.write_table(pa.concat_tables(group))
+            yield sink.take()
     yield sink.take()
+
+
+def _pieces(traces: Iterable[Trace]) -> Iterator[list[Trace]]:
+    """Few enough at a time that the memory of some is used again for the next: new memory costs more than parsing."""
+    rows: list[Trace] = []
+    size = 0
+    for trace in traces:
+        rows.append(trace)
+        size += 2 * len(trace["text"]) + 1000
+        if size >= _PART_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
 
 
 def _table(rows: list[Any], schema: "pyarrow.Schema") -> "pyarrow.Table":
