@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 from distill.errors import UserError
 from distill.generation.lines import encode, parse
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 _THREADS = 4  # they wait for grading processes; what is decided here takes microseconds
 _TOGETHER = 32  # traces graded by one thread at a time
-_MOST_WAITING = 256
+_MOST_WAITING = 2048  # several times what an fsync brings at once: below that, generation would stop for the graders
+_Graded = Literal["id", "problem_id", "response", "finish_reason"]  # of a trace; the rest, which is long, is not held
+_GRADED: tuple[_Graded, ...] = get_args(_Graded)
 
 
 class Grade(NamedTuple):
@@ -93,8 +95,11 @@ class Verifier:
     def submit(self, items: Sequence[tuple[int, Problem, Trace]]) -> None:
         """Grade these (the problem's index, the problem, the trace), in whatever order."""
         self._waiting += len(items)
-        for first in range(0, len(items), _TOGETHER):
-            self._threads.submit(self._grade, items[first : first + _TOGETHER])
+        short = [
+            (place, problem, cast(Trace, {name: trace[name] for name in _GRADED})) for place, problem, trace in items
+        ]
+        for first in range(0, len(short), _TOGETHER):
+            self._threads.submit(self._grade, short[first : first + _TOGETHER])
 
     def results(self) -> list[Grade]:
         """What was graded since the last call, written down. Raises what grading raised: a judge that is not there."""
