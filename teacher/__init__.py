@@ -28,8 +28,9 @@ def load_model(
 
     `dtype` defaults to the dtype of the checkpoint (fp32 for fresh weights); block-FP8 matrices become that of the
     embedding beside them, bf16 in DeepSeek's. Weights go straight from the mapped files to their place on `device`;
-    on "meta" none are read. `experts="fp8"` keeps the routed experts in FP8 (a checkpoint's own values and scales where it
-    has them), for inference: by Triton's kernels on a Hopper GPU (docs/kernels.md), elsewhere slowly in torch. Raises ValueError naming what is wrong with the folder, its file and its tensor. torch is
+    on "meta" none are read. `experts="fp8"` keeps the routed experts in FP8 (a checkpoint's own values and scales where
+    it has them), for inference: by Triton's kernels on a Hopper GPU (docs/kernels.md), elsewhere slowly in torch.
+    Raises ValueError naming what is wrong with the folder, its file and its tensor. torch is
     imported only here, so that `import teacher` costs nothing.
     """
     from teacher.checkpoint_read import load_checkpoint

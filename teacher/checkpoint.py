@@ -2,7 +2,8 @@
 
 Three things differ between disk and memory. On disk each expert has its own gate, up and down matrix; in memory a
 layer's experts are stacked. On disk an MTP module carries copies of embedding and head; in memory it uses the main
-model's. On disk a matrix may be in block FP8 (`teacher.fp8`) with its scales beside it; in memory it is not, unless experts are asked for so.
+model's. On disk a matrix may be in block FP8 (`teacher.fp8`) with its scales beside it; in memory it is not,
+unless experts are asked for so.
 Reading: `teacher.checkpoint_read`. Writing: `teacher.checkpoint_write`.
 """
 
