@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -155,10 +156,12 @@ def grade(
     unverifiable, never correct. `isolation`: the sandbox for code, by name; default: the best there is, or the
     variable DISTILL_SANDBOX. Raises ValueError for an unknown kind or isolation.
     """
+    began = time.monotonic()
     known = _quick(response_text, answer, kind)
     if isinstance(known, Grade):
         return known
-    return _slow(response_text, answer, kind, known, timeout, problem, judge, isolation)
+    left = max(0.0, timeout - (time.monotonic() - began))  # to find the answer in a megabyte takes its time too
+    return _slow(response_text, answer, kind, known, left, problem, judge, isolation)
 
 
 def grade_many(
