@@ -182,7 +182,7 @@ class Pool:
                     return result
                 worker.close()
                 if time.monotonic() >= deadline:
-                    return "unverifiable", f"took longer than {seconds:g} s to compare"
+                    return "unverifiable", f"took longer than {round(seconds, 2):g} s to compare"
                 # It may have been killed from outside, which is no fault of the item: again, in a fresh one.
             return "unverifiable", "the comparison needed too much memory or crashed"
 
