@@ -20,9 +20,9 @@ from tests.tiny import deepseek_config
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def fresh(dtype=torch.bfloat16, device=DEVICE):
+def fresh(dtype=torch.bfloat16, device=DEVICE, **fields):
     torch.manual_seed(0)
-    model = load_model(deepseek_config())
+    model = load_model(deepseek_config(**fields))
     randomize(model, 0)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -50,12 +50,10 @@ def outputs(model, kernels, cache_dtype, page_size):
 @pytest.mark.parametrize("page_size", [4, 16])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.uint8])
 def test_kernel_and_torch_give_the_same_logits(cache_dtype, page_size):
-    model = fresh()
+    model = fresh(first_k_dense_replace=100)  # bf16's rounding now and then flips a router's choice: none here
     by_kernel, by_torch = (outputs(model, kernels, cache_dtype, page_size) for kernels in (True, False))
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(by_kernel, by_torch, strict=True)]
-    # bf16 rounds at every layer, and now and then that flips a router's choice; a token more or less seen would show in
-    # every step.
-    assert sorted(errors)[len(errors) * 3 // 4] < 0.06
+    for found, expected in zip(by_kernel, by_torch, strict=True):
+        assert (found - expected).norm() < 0.06 * expected.norm()
 
 
 @pytest.mark.parametrize("settings", [{}, {"speculate": 2}, {"cache_tokens": 160}])
