@@ -21,8 +21,8 @@ case $program in
         case "$1" in
             start)
                 [ ! -e "$STATE/down-$NODE" ] || exit 1
-                touch "$STATE/ray-$NODE"
                 trap 'rm -f "$STATE/ray-$NODE"; echo "$NODE: ray ended" >> "$STATE/calls"; exit 1' TERM
+                touch "$STATE/ray-$NODE"
                 until [ -e "$STATE/lose-$NODE" ]; do pause; done
                 rm -f "$STATE/lose-$NODE" "$STATE/ray-$NODE"
                 exit 1

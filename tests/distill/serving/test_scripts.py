@@ -71,8 +71,8 @@ class Rehearsal:
         return self.process.wait(20)
 
     def nothing_left(self):
-        """No process of the rehearsal and no node's Ray, within seconds: what is killed need not be dead at once."""
-        end = time.monotonic() + 5
+        """No process of the rehearsal and no node's Ray, within a second: what is killed need not be dead at once."""
+        end = time.monotonic() + 1
         while time.monotonic() < end:
             running = subprocess.run(["pgrep", "-g", str(self.process.pid)], capture_output=True).stdout
             if not running and not list(self.state.glob("ray-*")):
