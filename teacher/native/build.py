@@ -59,7 +59,7 @@ def _build(sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | str:
         if compiler is None:
             return f"no C compiler ({name}; CC names another)"
         command = [compiler, *options, *shlex.split(_FLAGS), *(f"-D{name}={value}" for name, value in sizes)]
-        return _load_or_make(command, _cache_folder())
+        return _load_or_make(command, cache_folder())
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: a CC that is no command line
         return str(error)
 
@@ -111,7 +111,7 @@ def _torch_library() -> ctypes.CDLL | None:
     return None
 
 
-def _cache_folder() -> Path | None:
+def cache_folder() -> Path | None:
     """The user's own, if it can be written to, and by nobody else: a library put there runs what its writer pleases."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:

@@ -91,7 +91,7 @@ def test_without_a_safe_folder_it_is_built_for_this_process(monkeypatch, tmp_pat
         (tmp_path / "distill").chmod(0o777)
     elif wrong == "somebody else's":
         monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert build._cache_folder() is None
+    assert build.cache_folder() is None
     assert build.obstacle() is None
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
