@@ -13,6 +13,7 @@ from teacher.kernels.grouped_gemm import (
     grouped_swiglu,
     grouped_swiglu_reference,
 )
+from teacher.kernels.grouped_gemm_cuda import SHARED
 from teacher.kernels.operands import Fp8, Groups
 from teacher.kernels.tuning import Tile
 from tests.teacher.kernels.grouped import deepgemm_difference, member_rows, operands, quantized, relative
@@ -21,8 +22,9 @@ TILES = [
     Tile(128, 128, 2), Tile(64, 128, 1, group=2, warps=4), Tile(16, 128, 2, swap=True, warps=4),
     Tile(32, 64, 1, swap=True, warps=4),
 ]  # fmt: skip
-if torch.cuda.is_available():  # Gluon has no interpreter: without a GPU this one is not proved
+if torch.cuda.is_available():  # neither Gluon nor CUDA has an interpreter: without a GPU these are not proved
     TILES.append(Tile(128, 128, 2, stages=4, specialize=True))
+    TILES += [Tile(128, 128, 2, cuda=shared) for shared in SHARED]
 # Hopper's tensor cores add e4m3 products with about 14 bits; the interpreter's products are numpy's.
 EXACT = 5e-4 if torch.cuda.is_available() else 1e-5
 # (rows of each expert, N, K): one token, none, counts that divide nothing, columns and inner sizes that are ragged.
