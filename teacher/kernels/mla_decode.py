@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from teacher.kernels import mla_kernels
+from teacher.kernels import mla_hopper, mla_kernels
 from teacher.kernels.arguments import INTERPRETED, obstacle, same_device
 from teacher.kernels.mla_cache import TILE, row_bytes
 
@@ -73,14 +73,15 @@ def cache_obstacle(rank: int, rope: int, page_size: int, dtype: torch.dtype, dev
 def mla_decode(
     q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, table_BP: Tensor, position_BT: Tensor, scale: float,
     first_B: Tensor | None = None, *, out: Tensor | None = None, splits: int | None = None,
-    config: Config | None = None,
+    config: Config | None = None, path: Literal["triton", "cuda"] | None = None,
 ) -> Tensor:  # fmt: skip
     """Attended latents (B, T, H, R), bf16 or in `out`'s dtype.
 
     Query (b, t) sees positions `first_B[b]` (default 0) to `position_BT[b, t]` of its sequence, whose pages are
     `table_BP[b]`; position -1 is padding, sees nothing and gives zeros. Nothing else of the cache is read. Scores are
-    multiplied by `scale`. `splits` and `config` override what is chosen from the shapes.
-    Raises ValueError that names the tensor for shapes, dtypes and devices that it cannot take.
+    multiplied by `scale`. `splits`, `config` (of Triton's kernel) and `path` override what is chosen from the shapes.
+    Raises ValueError that names the tensor for shapes, dtypes and devices that it cannot take, or says why the path
+    asked for cannot take them.
     """
     rows, tokens, heads, rank = q_latent_BTHR.shape
     rope, page_size = q_rope_BTHD.shape[-1], cache_PGW.shape[1]
@@ -92,16 +93,64 @@ def mla_decode(
     if out.numel() == 0:
         return out
     fp8 = cache_PGW.dtype == torch.uint8
-    block_m = min(64, max(16, triton.next_power_of_2(tokens * heads)))
-    config = CONFIGS[fp8, block_m] if config is None else config
-    blocks = -(-tokens * heads // block_m)
+    queries = tokens * heads
+    by_cuda = _by_cuda(path, config, q_latent_BTHR, q_rope_BTHD, cache_PGW, out)
+    block_m = min(64, max(16, triton.next_power_of_2(queries)))
+    if by_cuda:
+        block_m = mla_hopper.queries_of_program(fp8, queries)
+        config = Config(mla_hopper.TILE, 12, 2, 1)
+    elif config is None:
+        config = CONFIGS[fp8, block_m]
+    blocks = -(-queries // block_m)
     if splits is None:
         tiles = -(-table_BP.shape[1] * page_size // config.block_n)
         splits = choose_splits(rows * blocks, tiles, _processors(cache_PGW.device) * config.programs)
     parts, lse = out, out
     if splits > 1:
-        parts = torch.empty(rows, splits, tokens * heads, rank, dtype=torch.float32, device=out.device)
-        lse = torch.empty(rows, splits, tokens * heads, dtype=torch.float32, device=out.device)
+        parts = torch.empty(rows, splits, queries, rank, dtype=torch.float32, device=out.device)
+        lse = torch.empty(rows, splits, queries, dtype=torch.float32, device=out.device)
+    if by_cuda:
+        mla_hopper.launch(
+            q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, scale, first_B, parts, lse, splits
+        )
+    else:
+        _launch_triton(
+            q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, scale, first_B, parts, lse, splits, block_m,
+            config,
+        )  # fmt: skip
+    if splits > 1:
+        columns = min(TILE, triton.next_power_of_2(rank))
+        mla_kernels.merge[(queries, rows, -(-rank // columns))](
+            parts, lse, out, queries, splits, RANK=rank, BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_C=columns, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _by_cuda(
+    path: str | None, config: Config | None, q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, out: Tensor
+) -> bool:
+    """Whether the CUDA kernel is asked for, or can take this and is the faster one."""
+    if path not in (None, "triton", "cuda"):
+        raise ValueError(f"path is {path!r}; expected 'triton', 'cuda' or None")
+    if path == "triton" or config is not None:
+        return False
+    queries = q_latent_BTHR.shape[1] * q_latent_BTHR.shape[2]
+    if path is None and not mla_hopper.preferred(cache_PGW.dtype == torch.uint8, queries):
+        return False
+    missing = mla_hopper.obstacle(q_latent_BTHR, q_rope_BTHD, cache_PGW, out)
+    if missing and path == "cuda":
+        raise ValueError(f"the CUDA kernel of MLA decode cannot take this: {missing}")
+    return missing is None
+
+
+def _launch_triton(
+    q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, table_BP: Tensor, position_BT: Tensor, scale: float,
+    first_B: Tensor | None, parts: Tensor, lse: Tensor, splits: int, block_m: int, config: Config,
+) -> None:  # fmt: skip
+    rows, tokens, heads, rank = q_latent_BTHR.shape
+    rope, page_size, fp8 = q_rope_BTHD.shape[-1], cache_PGW.shape[1], cache_PGW.dtype == torch.uint8
+    blocks = -(-tokens * heads // block_m)
     tile = min(TILE, triton.next_power_of_2(max(rank, 16)))
     views = (
         (cache_PGW.view(t) for t in (torch.float8_e4m3fn, torch.float32, torch.bfloat16)) if fp8 else [cache_PGW] * 3
@@ -114,13 +163,6 @@ def mla_decode(
         BLOCK_M=block_m, BLOCK_N=config.block_n, SPLIT=splits > 1, FP8=fp8,
         FROM_FIRST=first_B is not None, EXACT=INTERPRETED, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    if splits > 1:
-        columns = min(TILE, triton.next_power_of_2(rank))
-        mla_kernels.merge[(tokens * heads, rows, -(-rank // columns))](
-            parts, lse, out, tokens * heads, splits, RANK=rank, BLOCK_S=triton.next_power_of_2(splits),
-            BLOCK_C=columns, num_warps=4,
-        )  # fmt: skip
-    return out
 
 
 def choose_splits(programs: int, tiles: int, places: int) -> int:
