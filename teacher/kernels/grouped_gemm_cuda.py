@@ -44,13 +44,17 @@ def launch(x: Fp8, w: Fp8, groups: Groups, out: Tensor, out_scales: Tensor | Non
     """Operands are checked already; ValueError for a tile that the kernel does not have."""
     if (tile.rows, tile.columns, tile.halves) != (128, 128, 2) or tile.cuda not in SHARED:
         raise ValueError(f"tile is {tile}; in CUDA taken: rows 128, columns 128, halves 2 and cuda one of {SHARED}")
+    for name, each in (("x.values", x.values), ("w.values", w.values)):
+        if each.data_ptr() % 16:
+            raise ValueError(f"{name} begins at address {each.data_ptr()}; taken: a multiple of 16 (TMA)")
     (rows, k), experts = x.values.shape, w.values.shape[0]
+    group = max(1, tile.group // 2) if tile.cuda == "matrix" else tile.group  # the kernel counts pairs there
     kind, scales, stride = (_KINDS.get(out.dtype), None, 0)
     if out_scales is not None:
         kind, scales, stride = 2, out_scales.data_ptr(), out_scales.stride(1)
     call(
         _function(), x.values.data_ptr(), x.scales.data_ptr(), x.scales.stride(1), w.values.data_ptr(),
         w.scales.data_ptr(), out.data_ptr(), scales, stride, groups.start_E.data_ptr(), groups.count_E.data_ptr(),
-        experts, rows, n, k, kind, SHARED.index(tile.cuda), tile.group, out.device.index,
+        experts, rows, n, k, kind, SHARED.index(tile.cuda), group, out.device.index,
         torch.cuda.current_stream(out.device).cuda_stream,
     )  # fmt: skip
