@@ -111,7 +111,7 @@ def mla_decode(
         lse = torch.empty(rows, splits, queries, dtype=torch.float32, device=out.device)
     if by_cuda:
         mla_hopper.launch(
-            q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, scale, first_B, parts, lse, splits
+            q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, scale, first_B, parts, lse, splits, block_m
         )
     else:
         _launch_triton(

@@ -57,12 +57,12 @@ def preferred(fp8: bool, queries: int) -> bool:
 
 
 def queries_of_program(fp8: bool, queries: int) -> int:
-    return 16 if fp8 else 64
+    return 16 if fp8 and queries <= 16 else 64
 
 
 def launch(
     q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, table_BP: Tensor, position_BT: Tensor, scale: float,
-    first_B: Tensor | None, parts: Tensor, lse: Tensor, splits: int,
+    first_B: Tensor | None, parts: Tensor, lse: Tensor, splits: int, block_m: int,
 ) -> None:  # fmt: skip
     """Attend, one part a split: `parts` (B, splits, T * H, R) and `lse` (B, splits, T * H), as mla_kernels.decode."""
     built = _library()
@@ -81,7 +81,7 @@ def launch(
     )  # fmt: skip
     stream = ctypes.c_void_p(torch.cuda.current_stream(cache_PGW.device).cuda_stream)
     with torch.cuda.device(cache_PGW.device):
-        call(built.mla_decode_fp8_16 if fp8 else built.mla_decode_bf16_64, ctypes.byref(arguments), stream)
+        call(getattr(built, f"mla_decode_{'fp8' if fp8 else 'bf16'}_{block_m}"), ctypes.byref(arguments), stream)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 // What a launch of MLA decode is told; teacher/kernels/mla_hopper.py fills it in, field by field in this order.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <stdint.h>
 
 namespace mla {
@@ -26,6 +27,14 @@ struct Arguments {
 
 __device__ __forceinline__ int64_t index_at(const void* indices, int64_t i, bool wide) {
     return wide ? static_cast<const int64_t*>(indices)[i] : int64_t(static_cast<const int32_t*>(indices)[i]);
+}
+
+// Where query m (of the program) and column c of its latent or rotary part lie; null beyond the last query.
+__device__ __forceinline__ const __nv_bfloat16* query_at(const Arguments& a, int row, int query, bool rope) {
+    if (query >= a.tokens * a.heads) return nullptr;
+    const int64_t token = query / a.heads, head = query % a.heads;
+    return rope ? static_cast<const __nv_bfloat16*>(a.rope) + row * a.rope_b + token * a.rope_t + head * a.rope_h
+                : static_cast<const __nv_bfloat16*>(a.latent) + row * a.latent_b + token * a.latent_t + head * a.latent_h;
 }
 
 // The keys of one program: positions [begin, end) are seen by some query of it, of which its split has tiles

@@ -18,7 +18,6 @@
 namespace mla {
 
 constexpr int kFew = 16, kStages = 5, kPitch = 72;  // queries; tiles in shared memory; floats a row of scores
-constexpr float kRoom = 6.0f;                       // weights are up to 2^(kRoom + kSlack + 1), which fp16 holds
 
 struct SharedFew {
     uint8_t tile[kStages][kPage * kFp8Row];
@@ -35,22 +34,6 @@ template <bool F16> __device__ __forceinline__ void product_16(float (&c)[4], co
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
-}
-
-// Two codes in the low or the high half of a word, as fp16.
-__device__ __forceinline__ uint32_t from_e4m3(uint32_t codes, int half) {
-    uint32_t pair;
-    const uint16_t two = uint16_t(half ? codes >> 16 : codes);
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
-    return pair;
-}
-
-// Where query m (of the program) and column c of its latent or rotary part lie; null beyond the last query.
-__device__ __forceinline__ const __nv_bfloat16* query_at(const Arguments& a, int row, int query, bool rope) {
-    if (query >= a.tokens * a.heads) return nullptr;
-    const int64_t token = query / a.heads, head = query % a.heads;
-    return rope ? static_cast<const __nv_bfloat16*>(a.rope) + row * a.rope_b + token * a.rope_t + head * a.rope_h
-                : static_cast<const __nv_bfloat16*>(a.latent) + row * a.latent_b + token * a.latent_t + head * a.latent_h;
 }
 
 __global__ void __launch_bounds__(256, 1) decode_fp8_16(const __grid_constant__ Arguments a) {
@@ -209,7 +192,7 @@ __global__ void __launch_bounds__(256, 1) decode_fp8_16(const __grid_constant__ 
         for (int r = 0; r < 2; r++) {
             top[r] = fmaxf(top[r], __shfl_xor_sync(0xFFFFFFFF, top[r], 1));
             top[r] = fmaxf(top[r], __shfl_xor_sync(0xFFFFFFFF, top[r], 2));
-            to[r] = top[r] - kRoom > reference[r] + 8.0f ? top[r] - kRoom : reference[r];
+            to[r] = top[r] - 6.0f > reference[r] + 8.0f ? top[r] - 6.0f : reference[r];
         }
         if (__any_sync(0xFFFFFFFF, to[0] != reference[0] || to[1] != reference[1])) {
 #pragma unroll

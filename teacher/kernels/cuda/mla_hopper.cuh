@@ -155,4 +155,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// Two codes in the low or the high half of a word, as fp16.
+__device__ __forceinline__ uint32_t from_e4m3(uint32_t codes, int half) {
+    uint32_t pair;
+    const uint16_t two = uint16_t(half ? codes >> 16 : codes);
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
+    return pair;
+}
+
 }  // namespace mla
