@@ -136,12 +136,15 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
     const int key[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
     const uint4 none = {0, 0, 0, 0};
     uint4 codes[4][2], rope[2][2], scale[2];
-    const uint8_t* from[2];  // of the tile to be loaded from next; null where nobody sees
+    const uint8_t* from;  // the first row of the tile to be loaded next, and whether somebody sees each
+    bool there[2];
+    auto at = [&](int r, int offset) {
+        return there[r] ? *reinterpret_cast<const uint4*>(from + 8 * r * kFp8Row + offset) : none;
+    };
     auto find = [&](int i) {
-        const uint8_t* base = static_cast<const uint8_t*>(a.cache) + tile_row(a, row, span.low + i) * kFp8Row;
+        from = static_cast<const uint8_t*>(a.cache) + (tile_row(a, row, span.low + i) + key[0]) * kFp8Row;
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-            from[r] = span.seen((span.low + i) * kPage + key[r]) ? base + key[r] * kFp8Row : nullptr;
+        for (int r = 0; r < 2; r++) there[r] = span.seen((span.low + i) * kPage + key[r]);
         if (i + 1 < n && threadIdx.x % 128 == 0) {
             const uint8_t* next = static_cast<const uint8_t*>(a.cache) + tile_row(a, row, span.low + i + 1) * kFp8Row;
             asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(next), "n"(kPage * kFp8Row) : "memory");
@@ -150,19 +153,14 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
     auto load = [&](int half, int u) {
 #pragma unroll
         for (int r = 0; r < 2; r++)
-            codes[u][r] = from[r] ? *reinterpret_cast<const uint4*>(from[r] + 256 * half + 64 * u + 16 * q) : none;
+            codes[u][r] = at(r, 256 * half + 64 * u + 16 * q);
     };
-    auto load_rest = [&]() {
+    auto load_scales = [&]() {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            scale[r] = from[r] ? *reinterpret_cast<const uint4*>(from[r] + kRank) : none;
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-                rope[r][j] = from[r] ? *reinterpret_cast<const uint4*>(from[r] + kRank + 16 + 32 * q + 16 * j) : none;
-        }
+        for (int r = 0; r < 2; r++) scale[r] = at(r, kRank);
     };
     find(0);
-    load_rest();
+    load_scales();
 #pragma unroll
     for (int u = 0; u < 4; u++) load(0, u);
     for (int i = 0; i < n; i++) {
@@ -182,7 +180,14 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
         for (int part = 0; part < 2; part++) {
             const int half = owner ^ part;
             barrier_wait(shared_address(&shared.empty[owner][part]), (i >> 1 & 1) ^ 1);
-            if (part == 1 && i + 1 < n) find(i + 1);
+            if (part == 1) {
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++)
+                        rope[r][j] = at(r, kRank + 16 + 32 * q + 16 * j);
+                if (i + 1 < n) find(i + 1);
+            }
 #pragma unroll
             for (int u = 0; u < 4; u++) {
                 const int tile = 4 * half + u;
@@ -221,7 +226,7 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
         fence_async();
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&shared.full[owner][8]));
-        if (i + 1 < n) load_rest();
+        if (i + 1 < n) load_scales();
     }
 }
 

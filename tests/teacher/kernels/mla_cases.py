@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
+from teacher.kernels.cuda.build import library
 from teacher.kernels.mla_cache import pack, row_bytes
 from teacher.kernels.mla_decode import mla_decode
 from teacher.kernels.mla_reference import mla_decode_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Which kernels a test is about: both on a GPU.
+PATHS = ["triton", "cuda"] if DEVICE == "cuda" else ["triton"]
+
+
+def needs(path):
+    if path == "cuda" and isinstance(reason := library("mla_decode"), str):
+        pytest.skip(reason)
 
 
 class Case:

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from teacher.kernels.mla_cache import pack, unpack
 from teacher.kernels.mla_decode import CONFIGS, Config, choose_splits, mla_decode
-from tests.teacher.kernels.mla_cases import DEVICE, Case, error
+from tests.teacher.kernels.mla_cases import DEVICE, PATHS, Case, error, needs
 
 # bf16: weights rounded to 2^-9 and the output to 2^-9 (the interpreter cuts off instead of rounding: 2^-8).
 BOUND = 6e-3
@@ -16,19 +16,23 @@ BOUND = 6e-3
 LENGTHS = [1, 63, 64, 65, 577, 1088]
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("heads", "splits"), [(16, 1), (16, 5), (128, 5)])
-def test_deepseeks_sizes_at_any_length(heads, splits, fp8):
+def test_deepseeks_sizes_at_any_length(heads, splits, fp8, path):
+    needs(path)
     # The interpreter takes a minute for all lengths at 128 heads.
     case = Case(LENGTHS if DEVICE == "cuda" or heads == 16 else [1, 65, 200], heads, fp8=fp8)
-    assert error(case.run(splits=splits), case.reference()) < BOUND
+    assert error(case.run(splits=splits, path=path), case.reference()) < BOUND
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("tokens", [2, 3, 5])
-def test_new_tokens_are_causal_among_themselves(tokens, fp8):
+def test_new_tokens_are_causal_among_themselves(tokens, fp8, path):
+    needs(path)
     case = Case([5, 64, 66, 200], 16, tokens, fp8=fp8)
-    found = case.run()
+    found = case.run(path=path)
     assert error(found, case.reference()) < BOUND
     for row in range(4):  # alone, each token must see the same
         for token in range(tokens):
@@ -57,21 +61,28 @@ def test_tiles_of_any_size_compute_the_same(heads, block_n, fp8):
     assert error(case.run(config=config, splits=2), case.reference()) < BOUND
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("heads", [16, 64] if DEVICE == "cuda" else [16])
 @pytest.mark.parametrize("spread", [1e-4, 1.0, 200.0])
-def test_fp8_costs_what_quantisation_costs(spread):
+def test_fp8_costs_what_quantisation_costs(spread, heads, path):
     """Against the unrounded truth at most 1.2 times the error of exact attention over the rounded cache."""
-    case = Case([700, 900], 16, fp8=True, spread=spread)
+    needs(path)
+    case = Case([700, 900], heads, fp8=True, spread=spread)
     case.scale /= spread
     truth = case.truth()
     floor = error(case.reference(), truth)
     assert 1e-3 < floor < 0.1
-    assert error(case.run(dtype=torch.float32), truth) < 1.2 * floor
-    assert error(case.run(dtype=torch.float32), case.reference()) < BOUND
+    found = case.run(dtype=torch.float32, path=path)
+    assert error(found, truth) < 1.2 * floor
+    assert error(found, case.reference()) < BOUND
 
 
-def test_scales_far_apart_between_tokens_and_tiles():
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("heads", [16, 64] if DEVICE == "cuda" else [16])
+def test_scales_far_apart_between_tokens_and_tiles(heads, path):
     """An outlier in one token's one tile must not cost the others their digits, nor overflow."""
-    case = Case([300], 16, fp8=True)
+    needs(path)
+    case = Case([300], heads, fp8=True)
     latent_SC = case.latent_BSC[0, :300].float()
     latent_SC[:, :128] *= torch.exp2(torch.linspace(-20, 12, 300)).unsqueeze(1)
     latent_SC[7, 256:384] *= 2.0**16
@@ -81,7 +92,7 @@ def test_scales_far_apart_between_tokens_and_tiles():
         part = rows[number * 64 : number * 64 + 64]
         case.cache_PGW[page, : len(part)] = part.to(DEVICE)
     assert unpack(rows, 512, 64).float().abs().max() > 65504  # fp16 could not hold it
-    assert error(case.run(), case.reference()) < BOUND
+    assert error(case.run(path=path), case.reference()) < BOUND
 
 
 @pytest.mark.parametrize("first", [0, 1, 64, 100])
@@ -104,9 +115,12 @@ def test_strided_queries_and_64_bit_tables():
     assert torch.equal(case.run(), expected)
 
 
-def test_more_splits_than_tiles():
-    case = Case([3, 64, 129], 16)
-    assert error(case.run(splits=16), case.reference()) < BOUND
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("heads", "fp8"), [(16, False), (16, True), (64, False), (64, True)])
+def test_more_splits_than_tiles(heads, fp8, path):
+    needs(path)
+    case = Case([3, 64, 129], heads, fp8=fp8)
+    assert error(case.run(splits=16, path=path), case.reference()) < BOUND
 
 
 def test_nothing_to_do():
