@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+PORTION = 1 << 24  # values that are worked on at a time: enough to keep a GPU busy, in 64 MB of float32
+
 
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay; `groups` as torch.optim.AdamW takes them, each with its `weight_decay`."""
@@ -33,20 +35,19 @@ class AdamW(torch.optim.Optimizer):
 def adamw_step(
     parameters: list[Tensor],
     states: Mapping[Tensor, Any],
-    rate: float,
+    rate: float | Tensor,
     betas: tuple[float, float],
     weight_decay: float,
     moments: torch.dtype,
 ) -> None:
-    """One step of parameters that have gradients. Averages in `moments` are float32 one parameter at a time."""
+    """One step of parameters that have gradients. Averages in `moments` are float32 for a few parameters at a time."""
     for parameter in parameters:
         state = states[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=moments)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=moments)
-    one_by_one = moments != torch.float32
-    for chosen in [[p] for p in parameters] if one_by_one else [parameters]:
+    for chosen in [parameters] if moments == torch.float32 else portions(parameters):
         averages: dict[str, list[Tensor]] = {
             name: [states[p][name].float() for p in chosen] for name in ("exp_avg", "exp_avg_sq")
         }
@@ -66,6 +67,19 @@ def adamw_step(
             eps=1e-8,
             maximize=False,
         )
-        if one_by_one:
-            for name, (average,) in averages.items():
-                states[chosen[0]][name].copy_(average)
+        if moments != torch.float32:
+            for name, converted in averages.items():
+                torch._foreach_copy_([states[p][name] for p in chosen], converted)
+
+
+def portions(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters in their order, as many at a time as have PORTION values together, or a larger one alone."""
+    parts: list[list[Tensor]] = []
+    room = 0
+    for parameter in parameters:
+        if parameter.numel() > room:
+            parts.append([])
+            room = max(PORTION, parameter.numel())
+        parts[-1].append(parameter)
+        room -= parameter.numel()
+    return parts

@@ -10,6 +10,7 @@ Legend: B rows, T positions, N = B * T, E experts, K experts a token, L MoE laye
 
 import torch
 
+from teacher import shapes
 from teacher.batches import ahead
 from teacher.experts import MoE
 from teacher.model import DeepseekV3
@@ -60,7 +61,7 @@ class LoadBalance:
         Every layer adds its own, as in the code that DeepSeek released with its models: alpha is a layer's.
         """
         rows_B1 = torch.arange(len(segment_ids_BT), device=segment_ids_BT.device).unsqueeze(1)
-        most = int(segment_ids_BT.max())
+        most = segment_ids_BT.shape[1] if shapes.fixed(segment_ids_BT) else int(segment_ids_BT.max())
         total = torch.zeros((), device=segment_ids_BT.device)
         for number, routing in enumerate(routings):
             segments_BT = _segments(segment_ids_BT, self._place(number)[1])

@@ -73,6 +73,10 @@ class StepBatch:
     positions: int  # with padding
     losses: tuple[int, ...]  # positions with a target 1, 2, ... tokens ahead (the main head's, then each MTP depth's)
 
+    @property
+    def examples(self) -> int:
+        return len(self.indices)
+
 
 def step_batches(
     example_fn: ExampleFn,

@@ -8,12 +8,13 @@ pairs, R rows of the layout (M, or a few more).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teacher import shapes
 from teacher.config import DeepseekV3Config
 from teacher.routing import Router, Routing
 
@@ -56,7 +57,10 @@ class Layout(NamedTuple):
 
 
 def expert_layout(indices_NK: Tensor, experts: int, multiple: int) -> Layout:
-    """Rows sorted by expert, each expert's rows filled up to a multiple of `multiple`."""
+    """Rows sorted by expert, each expert's rows filled up to a multiple of `multiple`.
+
+    On a GPU there are as many rows as the worst balance takes: those after the last expert's are nobody's.
+    """
     tokens, top_k = indices_NK.shape
     pairs_M = torch.arange(tokens * top_k, device=indices_NK.device)
     sorted_M, order_M = indices_NK.flatten().sort(stable=True)
@@ -69,9 +73,63 @@ def expert_layout(indices_NK: Tensor, experts: int, multiple: int) -> Layout:
         ends_E = filled_E.cumsum(0)
         shift_E = (ends_E - filled_E) - (exact_E - counts_E)
         row_of_sorted_M = pairs_M + shift_E[sorted_M]
-        token_R = order_M.new_zeros(int(ends_E[-1])).scatter_(0, row_of_sorted_M, order_M // top_k)
+        most = len(pairs_M) + min(experts, len(pairs_M)) * (multiple - 1)
+        rows = most // multiple * multiple if shapes.fixed(indices_NK) else int(ends_E[-1])
+        token_R = order_M.new_zeros(rows).scatter_(0, row_of_sorted_M, order_M // top_k)
     row_NK = torch.empty_like(order_M).scatter_(0, order_M, row_of_sorted_M).view(tokens, top_k)
     return Layout(token_R, row_NK, ends_E.int())
+
+
+class _Arrange(torch.autograd.Function):
+    """Rows of the layout from tokens. A token's gradient is the sum over its own rows, in their order: what adds up
+    otherwise, row by row into tokens, does so by atomic additions in an order that changes from run to run."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NH: Tensor, token_R: Tensor, row_NK: Tensor, used_R: Tensor | None) -> Tensor:
+        ctx.save_for_backward(row_NK)
+        rows_RH = x_NH.index_select(0, token_R)
+        return rows_RH if used_R is None else rows_RH.masked_fill_(~used_R.unsqueeze(1), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
+        (row_NK,) = ctx.saved_tensors
+        return grad_RH.index_select(0, row_NK.flatten()).unflatten(0, row_NK.shape).sum(1), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Each pair's row of the layout; the other rows, whatever they hold, have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, row_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_NK)
+        ctx.rows = len(rows_RH)
+        return rows_RH.index_select(0, row_NK.flatten()).unflatten(0, row_NK.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NKH: Tensor) -> tuple[Tensor, None]:
+        (row_NK,) = ctx.saved_tensors
+        grad_RH = grad_NKH.new_zeros(ctx.rows, grad_NKH.shape[-1])
+        return grad_RH.index_copy_(0, row_NK.flatten(), grad_NKH.flatten(0, 1)), None
+
+
+def arrange(x_NH: Tensor, layout: Layout, blank: bool = False) -> Tensor:
+    """The layout's rows (R, H) of tokens; with `blank` filling rows are zeros instead of copies of token 0."""
+    used_R = None
+    if blank:
+        used_R = torch.zeros_like(layout.token_R, dtype=torch.bool).index_fill_(0, layout.row_NK.flatten(), True)
+    if shapes.fixed(x_NH) and torch.is_grad_enabled():
+        rows_RH: Tensor = _Arrange.apply(x_NH, layout.token_R, layout.row_NK, used_R)
+        return rows_RH
+    rows_RH = x_NH.index_select(0, layout.token_R)
+    return rows_RH if used_R is None else rows_RH * used_R.unsqueeze(1)
+
+
+def collect(rows_RH: Tensor, layout: Layout) -> Tensor:
+    """(N, K, H): the row of each (token, expert) pair."""
+    if shapes.fixed(rows_RH) and torch.is_grad_enabled():
+        out_NKH: Tensor = _Collect.apply(rows_RH, layout.row_NK)
+        return out_NKH
+    return rows_RH.index_select(0, layout.row_NK.flatten()).unflatten(0, layout.row_NK.shape)
 
 
 def grouped_experts(
@@ -90,10 +148,11 @@ def grouped_experts(
         x_NH, gate_up_E2IH, down_EHI = x_NH.to(dtype), gate_up_E2IH.to(dtype), down_EHI.to(dtype)
     multiple = 64 if device == "cpu" and x_NH.dtype == torch.bfloat16 else 1
     layout = expert_layout(indices_NK, gate_up_E2IH.shape[0], multiple)
-    rows_RH = x_NH.index_select(0, layout.token_R)
-    gate_RI, up_RI = F.grouped_mm(rows_RH, gate_up_E2IH.transpose(1, 2), offs=layout.ends_E).chunk(2, dim=-1)
+    gate_RI, up_RI = F.grouped_mm(arrange(x_NH, layout), gate_up_E2IH.transpose(1, 2), offs=layout.ends_E).chunk(
+        2, dim=-1
+    )
     out_RH = F.grouped_mm(F.silu(gate_RI) * up_RI, down_EHI.transpose(1, 2), offs=layout.ends_E)
-    out_NKH = out_RH.index_select(0, layout.row_NK.flatten()).unflatten(0, indices_NK.shape)
+    out_NKH = collect(out_RH, layout)
     return torch.bmm(weights_NK.to(out_NKH.dtype).unsqueeze(1), out_NKH).squeeze(1)
 
 

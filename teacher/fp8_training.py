@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from teacher import fp8_products as emulated
 from teacher.checkpoint import is_fp8_matrix
-from teacher.experts import Experts, expert_layout
+from teacher.experts import Experts, arrange, collect, expert_layout
 from teacher.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK
 from teacher.fp8_products import Quantized
 from teacher.routing import Routing
@@ -46,6 +46,11 @@ def products(device: torch.device) -> ModuleType:
 
     print("FP8 products by teacher.kernels", flush=True)
     return kernels
+
+
+def emulates(device: torch.device) -> bool:
+    """Whether FP8 products on `device` are emulated."""
+    return products(device) is emulated
 
 
 class _Linear(torch.autograd.Function):
@@ -111,11 +116,9 @@ def experts(x_NH: Tensor, routing: Routing, gate_up_E2IH: Tensor, down_EHI: Tens
     x_NH = _autocast(x_NH)
     with torch.autocast(x_NH.device.type, enabled=False):
         layout = expert_layout(routing.indices_NK, gate_up_E2IH.shape[0], _TILE)
-        used_R = torch.zeros_like(layout.token_R, dtype=torch.bool).index_fill_(0, layout.row_NK.flatten(), True)
-        rows_RH = x_NH.index_select(0, layout.token_R) * used_R.unsqueeze(1)
-        gate_RI, up_RI = _Grouped.apply(rows_RH, gate_up_E2IH, layout.ends_E).chunk(2, dim=-1)
+        gate_RI, up_RI = _Grouped.apply(arrange(x_NH, layout, blank=True), gate_up_E2IH, layout.ends_E).chunk(2, dim=-1)
         out_RH = _Grouped.apply(F.silu(gate_RI) * up_RI, down_EHI, layout.ends_E)
-        out_NKH = out_RH.index_select(0, layout.row_NK.flatten()).unflatten(0, routing.indices_NK.shape)
+        out_NKH = collect(out_RH, layout)
         return torch.bmm(routing.weights_NK.to(out_NKH.dtype).unsqueeze(1), out_NKH).squeeze(1)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from teacher import shapes
 from teacher.batches import IGNORE
 
 CHUNK_LOGITS = 1 << 24  # most logits held at a time (64 MB in float32)
@@ -18,7 +19,8 @@ class _HeadLoss(torch.autograd.Function):
     """Sum of cross entropies of softmax(hidden @ weight.T), a chunk of positions at a time.
 
     The gradient is taken in the forward pass while a chunk's logits are there, so neither the logits of the whole
-    batch nor their softmax are ever stored; backward only scales it.
+    batch nor their softmax are ever stored; backward only scales it. Positions without a target add nothing; they
+    are only looked for where they may be among the others.
     """
 
     @staticmethod
@@ -32,6 +34,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         step = max(1, CHUNK_LOGITS // weight_VD.shape[0])
+        masked = shapes.fixed(hidden_ND)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for begin in range(0, len(hidden_ND), step):
                 part = slice(begin, begin + step)
@@ -41,7 +44,11 @@ class _HeadLoss(torch.autograd.Function):
                 log_p = F.log_softmax(logits, dim=-1)
                 total += F.nll_loss(log_p, targets, reduction="sum")
                 grad = log_p.exp_()
-                grad[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+                if masked:
+                    kept_N1 = (targets != IGNORE).unsqueeze(1)
+                    grad.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -kept_N1.to(grad.dtype)).mul_(kept_N1)
+                else:
+                    grad[torch.arange(len(targets), device=targets.device), targets] -= 1.0
                 grad = grad.to(low)
                 grad_hidden_ND[part] = (grad @ low_weight_VD).to(hidden_ND.dtype)
                 grad_weight_VD += (grad.T @ hidden).float()
@@ -62,8 +69,11 @@ def _autocast(x: torch.Tensor) -> bool:
 def head_loss(hidden_BTD: torch.Tensor, head: nn.Linear, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of cross entropies, float32 scalar; best_BT, int64: the head's first choice at each position with a loss).
 
-    Only positions whose target is not IGNORE are put through the head; best_BT is IGNORE at the others.
+    best_BT is IGNORE where the target is. On a CPU such positions are not put through the head.
     """
+    if shapes.fixed(hidden_BTD):
+        total, best_N = _HeadLoss.apply(hidden_BTD.flatten(0, 1), head.weight, targets_BT.flatten())
+        return total, best_N.view_as(targets_BT).masked_fill(targets_BT == IGNORE, IGNORE)
     keep_N = (targets_BT.flatten() != IGNORE).nonzero().squeeze(1)
     hidden_ND = hidden_BTD.flatten(0, 1)[keep_N]
     total, best_N = _HeadLoss.apply(hidden_ND, head.weight, targets_BT.flatten()[keep_N])

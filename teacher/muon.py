@@ -9,7 +9,8 @@ torch.optim.Muon takes single matrices only; the experts of a layer are one stac
 import torch
 from torch import Tensor, nn
 
-from teacher.adamw import adamw_step
+from teacher import shapes
+from teacher.adamw import adamw_step, portions
 
 # Coefficients of the quintic iteration that brings all singular values near 1 in five rounds.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -56,18 +57,45 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:
-                for parameter in parameters:
-                    self._muon(parameter, group["lr"], group["weight_decay"])
+                for chosen in _alike(parameters):
+                    self._muon(chosen, group["lr"], group["weight_decay"])
             else:
                 adamw_step(parameters, self.state, group["lr"], group["betas"], 0.0, self.moments)
 
-    def _muon(self, parameter: Tensor, rate: float, weight_decay: float) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter, dtype=self.moments)
-        assert parameter.grad is not None
-        momentum = state["momentum"].float().lerp_(parameter.grad, 1 - _MOMENTUM)  # itself, if it is float32
-        state["momentum"].copy_(momentum)
-        update = orthogonalise(parameter.grad.lerp(momentum, _MOMENTUM))  # Nesterov
-        parameter.mul_(1 - rate * weight_decay)
-        parameter.add_(update, alpha=-rate * 0.2 * max(parameter.shape[-2:]) ** 0.5)
+    def _muon(self, parameters: list[Tensor], rate: float | Tensor, weight_decay: float) -> None:
+        """A step of parameters whose matrices have one shape. `rate` may be a scalar on their device."""
+        for parameter in parameters:
+            if not (state := self.state[parameter]):
+                state["momentum"] = torch.zeros_like(parameter, dtype=self.moments)
+        kept = [self.state[p]["momentum"] for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        momenta = [m.float() for m in kept]  # themselves, if they are float32
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        if self.moments != torch.float32:
+            torch._foreach_copy_(kept, momenta)
+        updates = torch._foreach_lerp(gradients, momenta, _MOMENTUM)  # Nesterov
+        rows, columns = parameters[0].shape[-2:]
+        scale = max(rows, columns) ** 0.5
+        if len(updates) == 1:
+            updates = [orthogonalise(updates[0])]
+        else:
+            stacked = orthogonalise(torch.cat([update.reshape(-1, rows, columns) for update in updates]))
+            pieces = stacked.split([update[..., 0, 0].numel() for update in updates])
+            updates = [piece.view_as(update) for piece, update in zip(pieces, updates, strict=True)]
+        torch._foreach_mul_(parameters, 1 - rate * weight_decay)
+        if isinstance(rate, Tensor):
+            torch._foreach_mul_(updates, rate * (-0.2 * scale))
+            torch._foreach_add_(parameters, updates)
+        else:
+            torch._foreach_add_(parameters, updates, alpha=-rate * 0.2 * scale)
+
+
+def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters to orthogonalise at once. On a GPU those whose matrices have one shape: launching the products of
+    small ones one by one takes longer than the products. On a CPU each alone."""
+    if not parameters or not shapes.fixed(parameters[0]):
+        return [[parameter] for parameter in parameters]
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(parameter.shape[-2:], []).append(parameter)
+    return [part for alike in by_shape.values() for part in portions(alike)]

@@ -9,13 +9,15 @@ simply add up.
 Legend: B rows, T positions, D hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from teacher.balance import LoadBalance
-from teacher.batches import IGNORE, MicroBatch, StepBatch, ahead
+from teacher.batches import IGNORE, MicroBatch, ahead
 from teacher.loss import head_loss
 from teacher.model import DeepseekV3
 
@@ -36,6 +38,16 @@ class Part:
         torch._foreach_add_(mine, [g for g in other.gradients if g is not None])
 
 
+class Counts(Protocol):
+    """What the sums of a step are divided by: a StepBatch, or (in a recorded step) numbers on the device."""
+
+    @property
+    def losses(self) -> Sequence[int | torch.Tensor]: ...
+
+    @property
+    def examples(self) -> int | torch.Tensor: ...
+
+
 def trained(model: DeepseekV3) -> list[nn.Parameter]:
     """The parameters that are not frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -51,14 +63,14 @@ class Objective:
     mtp_recursion: int = 0
     """Depths beyond the model's MTP modules, which the last one predicts from its own output."""
 
-    def part(self, model: DeepseekV3, balance: LoadBalance, micro: MicroBatch, step: StepBatch) -> Part:
+    def part(self, model: DeepseekV3, balance: LoadBalance, micro: MicroBatch, step: Counts) -> Part:
         """Forward and backward of one micro-batch. Nothing in the model changes: several threads may do it at once."""
         loss, part = self.loss(model, balance, micro, step)
         part.gradients = torch.autograd.grad(loss, trained(model), allow_unused=True)
         return part
 
     def loss(
-        self, model: DeepseekV3, balance: LoadBalance, micro: MicroBatch, step: StepBatch
+        self, model: DeepseekV3, balance: LoadBalance, micro: MicroBatch, step: Counts
     ) -> tuple[torch.Tensor, Part]:
         """This micro-batch's share of the step's loss, with gradient, and the rest of its part.
 
@@ -67,7 +79,7 @@ class Objective:
         second depth's two positions on, after the true tokens before, and so on.
         """
         segments_BT, targets_BT = micro.segment_ids_BT, micro.targets_BT
-        counts = [max(1, n) for n in step.losses]
+        counts = [max(1, n) if isinstance(n, int) else n for n in step.losses]
         device = segments_BT.device.type
         # No cache of cast weights: it is shared by all threads, and each weight is used once.
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16, cache_enabled=False):
@@ -88,7 +100,7 @@ class Objective:
                 agreed = (mtp_best_BT == best_BT[:, depth:]) & (mtp_targets_BT != IGNORE)
                 figures["mtp_acceptance" + (f"_{depth}" if depth > 1 else "")] = agreed.sum() / counts[depth]
         if self.balance_loss > 0:
-            share = balance.sequence_loss(out.routing, segments_BT) / len(step.indices)
+            share = balance.sequence_loss(out.routing, segments_BT) / step.examples
             loss = loss + self.balance_loss * share
             figures["balance_loss"] = share.detach() / max(1, len(out.routing))  # a layer's: 1 is balance
         return loss, Part(figures, balance.loads(out.routing, segments_BT))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from teacher import shapes
+
 # What attention is told: an additive mask (B, 1, T, T), or the lengths of all segments, row after row.
 # None: each row is one segment.
 Packing = Tensor | list[int] | None
@@ -19,7 +21,7 @@ def segment_packing(segment_ids_BT: Tensor) -> Packing:
     With lengths each segment is attended to alone, and nothing is computed to be masked. Training on rows of 4096
     filled with sequences of 60 to 260 tokens makes 1.3 times the tokens a second of rows of 512 under a mask.
     """
-    if segment_ids_BT.device.type == "cpu":
+    if not shapes.fixed(segment_ids_BT):
         starts_S = _first(segment_ids_BT).flatten().nonzero().squeeze(1)
         return starts_S.diff(append=starts_S.new_tensor([segment_ids_BT.numel()])).tolist()
     run_BT = _first(segment_ids_BT).cumsum(dim=1)

@@ -10,7 +10,7 @@ and the same weights come out, bit for bit on a CPU with the same number of thre
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,9 +26,10 @@ from teacher.batches import ExampleFn, MicroBatch, StepBatch, step_batches
 from teacher.fp8_training import fp8_products
 from teacher.model import DeepseekV3
 from teacher.muon import MuonAdamW
-from teacher.objective import Objective, Part, trained
+from teacher.objective import Counts, Objective, Part, trained
 from teacher.prefetch import Prefetch
 from teacher.schedule import learning_rate_factor
+from teacher.train_graph import StepRecorder, obstacle
 from teacher.train_log import TrainingLog
 from teacher.train_settings import TrainSettings
 
@@ -135,6 +136,7 @@ class _Run:
             settings.check_resumes(stored, str(newest))
             train_state.load(newest, model, self.optimizer, self.average)
             print(f"resumed at step {self.at.step} ({self.at.tokens:,} tokens)", flush=True)
+        self.recorder = self._recorder()
         self.log = TrainingLog(out_dir / "training_log.jsonl", self.at.step)
         self.unwritten_tokens, self.unwritten_seconds = 0, 0.0
 
@@ -163,16 +165,12 @@ class _Run:
         """One optimizer step, then what is due after it: evaluation, log, checkpoint."""
         began = time.perf_counter()
         settings, at = self.settings, self.at
-        rate = self._set_rate()
+        rate, objective = self._rate(), self._objective()
         self.model.train()
-        whole = self._gradients(batch)
-        for parameter, gradient in zip(trained(self.model), whole.gradients, strict=True):
-            parameter.grad = gradient
-        limit = settings.grad_clip or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        max_vio_L = self.balance.update(whole.loads_LE, settings.balance_speed)
+        if self.recorder is not None:
+            figures = self.recorder.step(objective, batch, rate)
+        else:
+            figures = self._update(objective, [micro.to(self.device) for micro in batch.micro], batch, rate)
         at.step, at.tokens, at.cursor = at.step + 1, at.tokens + batch.tokens, batch.cursor
         if self.average is not None:
             # Early on the average forgets faster: it would be made of the initial weights.
@@ -180,30 +178,55 @@ class _Run:
             torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
         self.log.add(
             {"step": at.step, "tokens": at.tokens}
-            | whole.figures
-            | {"lr": rate, "grad_norm": grad_norm, "max_vio": max_vio_L, "max_vio_mean": max_vio_L.mean()}
-            | {"padding_fraction": 1 - batch.tokens / batch.positions}
+            | figures
+            | {"lr": rate, "padding_fraction": 1 - batch.tokens / batch.positions}
         )
         self.unwritten_tokens += batch.tokens
         self.unwritten_seconds += time.perf_counter() - began
         self._afterwards()
 
-    def _gradients(self, batch: StepBatch) -> Part:
+    def _update(
+        self, objective: Objective, micro: Sequence[MicroBatch], counts: Counts, rate: float | torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """All of a step that the device computes, but for the average of the weights; returns figures for the log.
+
+        With `counts` and `rate` on the device nothing here asks it for a number, so that it can be recorded.
+        """
+        whole = self._gradients(objective, micro, counts)
+        for parameter, gradient in zip(trained(self.model), whole.gradients, strict=True):
+            parameter.grad = gradient
+        limit = self.settings.grad_clip or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        max_vio_L = self.balance.update(whole.loads_LE, self.settings.balance_speed)
+        return whole.figures | {"grad_norm": grad_norm, "max_vio": max_vio_L, "max_vio_mean": max_vio_L.mean()}
+
+    def _gradients(self, objective: Objective, micro: Sequence[MicroBatch], counts: Counts) -> Part:
         """The sum of the micro-batches' parts, in their order."""
-        objective = self._objective()
 
-        def part(micro: MicroBatch) -> Part:
-            return objective.part(self.model, self.balance, micro.to(self.device), batch)
+        def part(one: MicroBatch) -> Part:
+            return objective.part(self.model, self.balance, one, counts)
 
-        parts = iter(map(part, batch.micro) if self.pool is None else self.pool.map(part, batch.micro))
+        parts = iter(map(part, micro) if self.pool is None else self.pool.map(part, micro))
         whole = next(parts)
         for other in parts:
             whole.add(other)
         return whole
 
-    def _set_rate(self) -> float:
+    def _recorder(self) -> StepRecorder | None:
+        if self.device.type != "cuda" or not self.settings.graphs:
+            return None
+        if (reason := obstacle(self.model, self.settings)) is not None:
+            print(f"steps are not recorded as CUDA graphs: {reason}", flush=True)
+            return None
+        return StepRecorder(self._update, self.device)
+
+    def _rate(self) -> float:
         settings = self.settings
-        rate = settings.learning_rate * learning_rate_factor(
+        return settings.learning_rate * learning_rate_factor(
             settings.schedule,
             self.at.tokens,
             settings.total_tokens,
@@ -211,9 +234,6 @@ class _Run:
             decay_fraction=settings.decay_fraction,
             final_fraction=settings.final_fraction,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
 
     def _objective(self) -> Objective:
         settings = self.settings
@@ -298,7 +318,8 @@ def _optimizer(model: DeepseekV3, settings: TrainSettings) -> torch.optim.Optimi
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if moments != torch.float32:
         return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, moments=moments)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+    recordable = model.lm_head.weight.is_cuda
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True, capturable=recordable)
 
 
 @torch.no_grad()

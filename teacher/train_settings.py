@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from teacher.schedule import Schedule
 
 # What a resumed run may change: none of it touches the weights that come out.
-FREE_TO_CHANGE = {"recompute", "eval_every", "log_every", "checkpoint_every", "print_every"}
+FREE_TO_CHANGE = {"recompute", "graphs", "eval_every", "log_every", "checkpoint_every", "print_every"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class TrainSettings:
     """The projections' products, forward and backward, in block FP8: teacher.fp8_training (V3 section 3.3)."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """What the optimizer keeps its averages in; V3 section 3.3.3 takes bfloat16."""
+    graphs: bool = True
+    """On a GPU a step is recorded as a CUDA graph where that can be (teacher.train_graph). It keeps the memory of one
+    step's activations, which the eval hook then cannot use."""
     eval_every: int = 0
     """Steps between calls of the eval hook; 0: only after the last step."""
     checkpoint_every: int = 200
