@@ -20,6 +20,7 @@ from teacher.kernels.arguments import INTERPRETED
 from teacher.kernels.cuda.build import call, library
 
 TILE = 64  # keys
+_FEW = "16b"
 _log = logging.getLogger(__name__)
 
 
@@ -81,7 +82,7 @@ def launch(
     )  # fmt: skip
     stream = ctypes.c_void_p(torch.cuda.current_stream(cache_PGW.device).cuda_stream)
     with torch.cuda.device(cache_PGW.device):
-        call(getattr(built, f"mla_decode_{'fp8' if fp8 else 'bf16'}_{block_m}"), ctypes.byref(arguments), stream)
+        call(getattr(built, f"mla_decode_{'fp8' if fp8 else 'bf16'}_{_FEW if block_m == 16 else block_m}"), ctypes.byref(arguments), stream)
 
 
 @functools.cache

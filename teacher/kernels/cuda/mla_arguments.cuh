@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <stdint.h>
 
 namespace mla {
@@ -35,6 +36,35 @@ __device__ __forceinline__ const __nv_bfloat16* query_at(const Arguments& a, int
     const int64_t token = query / a.heads, head = query % a.heads;
     return rope ? static_cast<const __nv_bfloat16*>(a.rope) + row * a.rope_b + token * a.rope_t + head * a.rope_h
                 : static_cast<const __nv_bfloat16*>(a.latent) + row * a.latent_b + token * a.latent_t + head * a.latent_h;
+}
+
+// Eight values of a query in bf16, times `factor`, in fp16 or bf16.
+template <bool F16> __device__ __forceinline__ uint4 scaled_chunk(uint4 chunk, float factor) {
+    uint32_t* words = reinterpret_cast<uint32_t*>(&chunk);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[i]));
+        if constexpr (F16) {
+            const __half2 pair = __floats2half2_rn(two.x * factor, two.y * factor);
+            words[i] = reinterpret_cast<const uint32_t&>(pair);
+        } else {
+            const __nv_bfloat162 pair = __floats2bfloat162_rn(two.x * factor, two.y * factor);
+            words[i] = reinterpret_cast<const uint32_t&>(pair);
+        }
+    }
+    return chunk;
+}
+
+__device__ __forceinline__ uint4 load_chunk(const __nv_bfloat16* from, bool aligned) {
+    if (!from) return {0, 0, 0, 0};
+    if (aligned) return *reinterpret_cast<const uint4*>(from);
+    uint32_t v[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint16_t* two = reinterpret_cast<const uint16_t*>(from) + 2 * i;
+        v[i] = two[0] | uint32_t(two[1]) << 16;
+    }
+    return {v[0], v[1], v[2], v[3]};
 }
 
 // The keys of one program: positions [begin, end) are seen by some query of it, of which its split has tiles

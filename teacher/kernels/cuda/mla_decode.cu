@@ -2,6 +2,7 @@
 // each returns a cudaError_t.
 
 #include "mla_decode_16.cuh"
+#include "mla_decode_16b.cuh"
 #include "mla_decode_64.cuh"
 
 template <class SharedMemory, int QUERIES, class Kernel, class... More>
@@ -43,4 +44,8 @@ extern "C" int mla_decode_fp8_64(const mla::Arguments* a, cudaStream_t stream) {
 
 extern "C" int mla_decode_fp8_16(const mla::Arguments* a, cudaStream_t stream) {
     return launch<mla::SharedFew, mla::kFew>(mla::decode_fp8_16, 256, *a, stream);
+}
+
+extern "C" int mla_decode_fp8_16b(const mla::Arguments* a, cudaStream_t stream) {
+    return launch<mla::SharedFewB, mla::kFew>(mla::decode_fp8_16b, 256, *a, stream);
 }

@@ -36,35 +36,6 @@ struct Shared {
 // The order in which a buffer's tiles are loaded and multiplied: the owner's half is free first.
 __device__ __forceinline__ int tile_at(int owner, int i) { return i == 8 ? 8 : (i + 4 * owner) % 8; }
 
-// Eight values of a query in bf16, times `factor`, in fp16 or bf16.
-template <bool F16> __device__ __forceinline__ uint4 scaled_chunk(uint4 chunk, float factor) {
-    uint32_t* words = reinterpret_cast<uint32_t*>(&chunk);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[i]));
-        if constexpr (F16) {
-            const __half2 pair = __floats2half2_rn(two.x * factor, two.y * factor);
-            words[i] = reinterpret_cast<const uint32_t&>(pair);
-        } else {
-            const __nv_bfloat162 pair = __floats2bfloat162_rn(two.x * factor, two.y * factor);
-            words[i] = reinterpret_cast<const uint32_t&>(pair);
-        }
-    }
-    return chunk;
-}
-
-__device__ __forceinline__ uint4 load_chunk(const __nv_bfloat16* from, bool aligned) {
-    if (!from) return {0, 0, 0, 0};
-    if (aligned) return *reinterpret_cast<const uint4*>(from);
-    uint32_t v[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const uint16_t* two = reinterpret_cast<const uint16_t*>(from) + 2 * i;
-        v[i] = two[0] | uint32_t(two[1]) << 16;
-    }
-    return {v[0], v[1], v[2], v[3]};
-}
-
 // A warp a query, a lane chunks `lane` and `lane + 32` of its latent; the first eight lanes its rotary part.
 template <bool FP8> __device__ void load_queries(const Arguments& a, Shared& shared, int row, int first_query) {
     const int lane = threadIdx.x % 32;
@@ -136,8 +107,8 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
     const int key[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
     const uint4 none = {0, 0, 0, 0};
     uint4 codes[4][2], rope[2][2], scale[2];
-    const uint8_t* from;  // the first row of the tile to be loaded next, and whether somebody sees each
-    bool there[2];
+    const uint8_t* from = nullptr;  // the first row of the tile to be loaded next, and whether somebody sees each
+    bool there[2] = {false, false};
     auto at = [&](int r, int offset) {
         return there[r] ? *reinterpret_cast<const uint4*>(from + 8 * r * kFp8Row + offset) : none;
     };
