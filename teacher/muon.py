@@ -73,7 +73,7 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         if self.moments != torch.float32:
             torch._foreach_copy_(kept, momenta)
-        updates = torch._foreach_lerp(gradients, momenta, _MOMENTUM)  # Nesterov
+        updates = list(torch._foreach_lerp(gradients, momenta, _MOMENTUM))  # Nesterov
         rows, columns = parameters[0].shape[-2:]
         scale = max(rows, columns) ** 0.5
         if len(updates) == 1:

@@ -1,4 +1,4 @@
-"""Steps that can be recorded: nothing in them asks the device for a number, and on a GPU a replay is the step itself."""
+"""Steps that can be recorded: nothing in them asks the device for a number; on a GPU a replay is the step itself."""
 
 import json
 from dataclasses import replace
