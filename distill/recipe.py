@@ -70,6 +70,9 @@ class Student(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 trains under autocast; weights stay float32."
     )
+    recompute: bool = Field(
+        False, description="Activations made anew for the gradient: much less memory, up to a third more time."
+    )
     baselines: list[Baseline] = Field(
         default=["base", "answers_only"],
         description="base: untouched; answers_only: the same problems and as many tokens, without the reasoning.",

@@ -84,7 +84,7 @@ def sft_settings(student: Student, seed: int) -> "SftSettings":
         optimisation=Optimisation(
             learning_rate=student.learning_rate, schedule=student.schedule, warmup_fraction=student.warmup_fraction,
             weight_decay=student.weight_decay, grad_clip=student.grad_clip, dtype=student.dtype,
-            checkpoint_every=student.checkpoint_every, seed=seed,
+            checkpoint_every=student.checkpoint_every, recompute=student.recompute, seed=seed,
         ),
         method=student.method,
         lora=Lora(lora.r, lora.alpha, lora.dropout, targets) if student.method == "lora" else None,

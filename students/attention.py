@@ -16,13 +16,17 @@ In bfloat16 on a CPU the scores are written out: torch's CPU flash backward is 2
 Shapes: B rows, N tokens in all, T longest example, E examples, H query heads, K key/value heads, D head size.
 """
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 NAME = "students"
+# torch 2.11 takes grouped heads without being asked; later versions want to be told.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def use_training_attention(model: Any) -> None:
@@ -90,15 +94,9 @@ def _attention(
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, boundaries: Tensor, longest: int
 ) -> Tensor:
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes grouped heads without being asked; later versions want to be told.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     q_NHD, k_NKD, v_NKD = (x[0].transpose(0, 1) for x in (query, key, value))
     out_NHD: Any = varlen_attn(
-        q_NHD, k_NKD, v_NKD, boundaries, boundaries, longest, longest, scale=scaling, window_size=(-1, 0), **grouped
+        q_NHD, k_NKD, v_NKD, boundaries, boundaries, longest, longest, scale=scaling, window_size=(-1, 0), **GROUPED
     )
     return out_NHD[None]
 

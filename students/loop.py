@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.checkpoints import Progress, TrainingLog, latest_checkpoint, save_checkpoint
+from students.compiled import compilation, compile_layers, recompute_layers
 from students.ema import Ema
+from students.loss import large_head, summed_cross_entropy, without_head
 from students.muon import MuonAdamW
 from students.packing import IGNORED, Batch
 from students.schedule import Schedule, lr_scheduler
@@ -48,7 +50,9 @@ class Optimisation:
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, trained weights stay float32
     checkpoint_every: int = 50  # steps
     log_every: int = 1  # steps
-    compile: bool = False  # needs a C++ compiler; pays for batches of one shape (1.4 times on a CPU in pretraining)
+    # students.compiled. None: on a GPU, if there are steps enough to earn the compilation back
+    compile: Literal["layers", "model", "off"] | None = None
+    recompute: bool = False  # a layer's activations are made anew for its gradient: much less memory, a third more work
     ema_decay: float | None = None  # the averaged weights are what is evaluated and saved
     seed: int = 0
 
@@ -93,8 +97,13 @@ def train(
     torch.manual_seed(settings.seed)
     optimizer: Any = _optimizer(model, settings)
     scheduler = lr_scheduler(optimizer, settings.schedule, total_steps, settings.warmup_fraction)
+    if settings.recompute:
+        recompute_layers(model)
+    how = compilation(settings.compile, accelerator, total_steps)
+    if how == "layers":
+        compile_layers(model)
     model, optimizer = accelerator.prepare(model, optimizer)
-    forward: Any = torch.compile(model) if settings.compile else model  # evaluation has other shapes: not compiled
+    forward: Any = torch.compile(model) if how == "model" else model
     ema = Ema(model, settings.ema_decay) if settings.ema_decay is not None else None
     progress = latest_checkpoint(accelerator, work_dir, fingerprint, scheduler, ema) or Progress()
     training_log = TrainingLog(work_dir / "training_log.jsonl", progress.step, accelerator.is_main_process)
@@ -102,25 +111,29 @@ def train(
     window_start, window_tokens, window_slots = started, 0, 0
     model.train()
 
-    steps = steps_from(progress.step, progress.position) if progress.step < total_steps else ()
+    steps = iter(steps_from(progress.step, progress.position) if progress.step < total_steps else ())
+    step = next(steps, None)
     with contextlib.closing(training_log):
-        for step in steps:
-            loss = _forward_backward(accelerator, model, forward, step, settings.dtype)
-            norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise ValueError(
-                    f"training diverged at step {progress.step + 1} (loss {loss}, gradient norm {norm}); "
-                    "lower the learning rate"
-                )
+        while step is not None:
+            summed = _forward_backward(accelerator, model, forward, step, settings.dtype)
+            norms = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            figures = _read(torch.stack([summed, norms.to(summed)]))
             rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.update()
+            number, last = progress.step + 1, progress.step + 1 == total_steps
+            upcoming = None if last else next(steps, None)  # made while a GPU is still at work on this one
+            total, norm = figures()
+            loss = total / max(1, step.loss_tokens)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise ValueError(
+                    f"training diverged at step {number} (loss {loss}, gradient norm {norm}); lower the learning rate"
+                )
             progress.advance(step, loss)
             window_tokens, window_slots = window_tokens + step.tokens, window_slots + step.slots
-            number, last = progress.step, progress.step == total_steps
             if last or number % settings.log_every == 0 or number in evaluate_at:
                 now = time.monotonic()
                 record: Record = {
@@ -129,7 +142,9 @@ def train(
                     "padding_fraction": round(1 - window_tokens / window_slots, 4),
                 }  # fmt: skip
                 if evaluate is not None and number in evaluate_at:
-                    with ema.applied() if ema is not None else contextlib.nullcontext():
+                    # Evaluation's lengths and modes would be compiled for anew.
+                    averaged = ema.applied() if ema is not None else contextlib.nullcontext()
+                    with averaged, torch.compiler.set_stance("force_eager" if how == "layers" else "default"):
                         record |= evaluate(model, number)
                     progress.evaluation = {k: v for k, v in record.items() if k == "validation_loss"}
                     model.train()
@@ -141,8 +156,7 @@ def train(
                 progress.seconds = earlier + time.monotonic() - started
                 training_log.sync()
                 save_checkpoint(accelerator, work_dir, fingerprint, progress, scheduler, ema)
-            if last:
-                break
+            step = upcoming
     assert progress.step == total_steps, f"steps ended after {progress.step} of {total_steps}"
     if ema is not None:
         ema.copy_to_model()
@@ -151,8 +165,8 @@ def train(
 
 def _forward_backward(
     accelerator: "Accelerator", model: nn.Module, forward: nn.Module, step: Step, dtype: str
-) -> float:
-    """Add the gradient of the step's mean loss; returns that loss over all processes."""
+) -> Tensor:
+    """Add the gradient of the step's mean loss; returns the loss summed over all processes."""
     # Processes' gradients are averaged, while the mean is over the tokens of all of them.
     scale = accelerator.num_processes / max(1, step.loss_tokens)
     total = torch.zeros((), device=accelerator.device)
@@ -162,15 +176,37 @@ def _forward_backward(
             loss = summed_loss(forward, batch.to(accelerator.device), dtype)
             accelerator.backward(loss * scale)
         total += loss.detach()
-    return float(accelerator.reduce(total)) / max(1, step.loss_tokens)
+    summed: Tensor = accelerator.reduce(total)
+    return summed
 
 
 def summed_loss(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
     """Cross-entropy summed over the batch's targets, float32. The model runs under autocast if dtype is bfloat16."""
     with torch.autocast(batch.targets.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        targets = batch.targets.flatten()
+        head = large_head(model, len(targets))
+        if head is not None:
+            with without_head(head):
+                hidden = model(**batch.inputs, use_cache=False).logits
+            return summed_cross_entropy(hidden.flatten(0, -2), head.weight, targets)
         logits = model(**batch.inputs, use_cache=False).logits
-    logits_XV = logits.flatten(0, -2).float()
-    return F.cross_entropy(logits_XV, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _read(figures: Tensor) -> Callable[[], list[float]]:
+    """Begin to fetch `figures`; the call of the result waits for them, but not for work queued since."""
+    if not figures.is_cuda:
+        return figures.tolist
+    host = torch.empty_like(figures, device="cpu", pin_memory=True)
+    host.copy_(figures, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
 
 
 def _optimizer(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:

@@ -40,8 +40,13 @@ class Batch:
     slots: int
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
-        return Batch(moved, self.targets.to(device, non_blocking=True), self.slots)
+        def move(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.device == device:
+                return x
+            # From pageable memory the copy would wait for all that the GPU has yet to do.
+            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+        return Batch({name: move(x) for name, x in self.inputs.items()}, move(self.targets), self.slots)
 
 
 def plan_steps(

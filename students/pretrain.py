@@ -181,6 +181,7 @@ def _build(model: Mapping[str, Any] | Path, settings: PretrainSettings) -> Any:
 def _identity(settings: PretrainSettings) -> dict[str, Any]:
     fields = asdict(settings)
     del fields["rows_per_batch"], fields["eval_every"]
-    for name in ("checkpoint_every", "log_every"):
+    for name in ("checkpoint_every", "log_every", "recompute"):
         del fields["optimisation"][name]
+    fields["optimisation"]["compile"] = settings.optimisation.compile == "model"  # as folders made earlier have it
     return fields

@@ -257,8 +257,9 @@ def _identity(settings: SftSettings) -> dict[str, Any]:
     """The settings that decide the result (the base by its content, elsewhere), as JSON."""
     fields = asdict(settings)
     del fields["base"], fields["micro_batch_tokens"]
-    for name in ("checkpoint_every", "log_every"):
+    for name in ("checkpoint_every", "log_every", "recompute"):
         del fields["optimisation"][name]
+    fields["optimisation"]["compile"] = settings.optimisation.compile == "model"  # as folders made earlier have it
     return fields
 
 

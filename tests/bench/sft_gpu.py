@@ -1,15 +1,22 @@
-"""Speed of fine-tuning on a GPU: our step and plain transformers on the same examples, as a share of the GPU's rate.
+"""Speed of fine-tuning on a GPU: our loop and its peers on examples alike, as a share of the GPU's rate.
 
-    python -m tests.bench.sft_gpu [full-1.5b] [lora-7b] [--tokens 16384] [--steps 6] [--out sft_gpu.json]
+    python -m tests.bench.sft_gpu [full-1.5b] [lora-7b] [--sides ours …] [--tokens 16384] [--steps 6] [--out FILE]
+    python -m tests.bench.sft_gpu full-tiny --device cpu --tokens 512   # a rehearsal
 
 Weights are random in the shapes of Qwen2.5-1.5B and 7B, tokens too; examples have lengths as R1's traces have
-(log-normal, median 3,000 tokens, at most `--tokens`). Ours packs them into a row of `--tokens`; transformers gets a row
-an example,
-padded to the longest of a batch of as many slots, with its own loss and scaled_dot_product_attention, AdamW alike.
+(log-normal, median 3,000 tokens, at most `--tokens`), and fill a row of `--tokens` a step.
+
+    ours          students.loop.train as `distill` calls it, from making the row of tokens to the updated weights
+    eager         the same, with nothing compiled and all logits held: the loop as it was
+    recompute     ours, with activations made anew in the backward pass
+    transformers  a row an example, padded to the longest of a batch of as many slots, with its own loss and
+                  scaled_dot_product_attention, AdamW alike
+    liger         the same with Liger's kernels and its fused loss; see tests.bench.sft_peers
+    trl, trl-flex TRL's SFTTrainer on the same rows, with Liger's kernels; see tests.bench.sft_peers
 
 Counted are tokens that are not padding. MFU: (6 x weights that multiply + 12 x layers x hidden x mean context) FLOP a
 token over the datasheet's dense bf16 rate, and over the rate that this very GPU reaches in an 8192^3 product; LoRA's
-frozen weights have no gradient of their own, so 4 instead of 6.
+frozen weights have no gradient of their own, so 4 instead of 6. Nothing made anew in a backward pass counts.
 """
 
 from __future__ import annotations
@@ -18,7 +25,9 @@ import argparse
 import gc
 import json
 import statistics
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +36,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.bench.sft_profile import StepProfile
+
 SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "tie_word_embeddings": True},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
              "num_key_value_heads": 2, "tie_word_embeddings": True},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
@@ -35,14 +48,15 @@ SHAPES = {
 }  # fmt: skip
 DATASHEET = {"H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, SXM
 VOCABULARY = 151_936
+WARMUP = 3  # steps that compile and fill caches
 
 
-def build(shape: str, lora: bool) -> Any:
+def build(shape: str, lora: bool, device: str) -> Any:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(vocab_size=VOCABULARY, max_position_embeddings=32768, **SHAPES[shape])
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if lora else torch.float32)
     if lora:
         from students.lora import Lora, add_adapters
@@ -60,42 +74,101 @@ def lengths_of(tokens: int, seed: int) -> list[int]:
     return lengths
 
 
-def ours(model: Any, tokens: int) -> Callable[[list[int]], float]:
+class _EnoughError(Exception):
+    pass
+
+
+def ours(
+    side: str, model: Any, tokens: int, steps: int, profile: StepProfile | None = None
+) -> tuple[list[float], list[float]]:
+    """Seconds and losses of the steps after WARMUP; then one more step for `profile`."""
+    from accelerate import Accelerator
+
+    from students import loss
     from students.attention import use_training_attention
-    from students.data import Example
-    from students.loop import summed_loss
-    from students.packing import collate
+    from students.loop import Optimisation, train
 
     use_training_attention(getattr(model, "base_model", model) if hasattr(model, "peft_config") else model)
+    settings = Optimisation(
+        learning_rate=1e-6, dtype="bfloat16", schedule="constant", checkpoint_every=10**9,
+        compile="off" if side == "eager" else "layers", recompute=side == "recompute",
+    )  # fmt: skip
+    seconds: list[float] = []
+    losses: list[float] = []
+    last = time.perf_counter()
 
-    def step(lengths: list[int]) -> float:
-        examples = [Example(torch.randint(VOCABULARY, (n,)).tolist(), 32) for n in lengths]
-        batch = collate(examples, True).to(torch.device("cuda"))
-        loss = summed_loss(model, batch, "bfloat16") / sum(n - 32 for n in lengths)
-        loss.backward()
-        return float(loss.detach())
+    def log(record: dict[str, Any]) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds.append(now - last)
+        losses.append(record["loss"])
+        last = now
+        if len(seconds) == WARMUP + steps and profile is not None:
+            profile.start()
+        elif len(seconds) >= WARMUP + steps:
+            raise _EnoughError
 
-    return step
+    plain_logits = loss.PLAIN_LOGITS
+    loss.PLAIN_LOGITS = 10**18 if side == "eager" else plain_logits
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train(Accelerator(), model, lambda *_: rows(tokens), 1000, settings, Path(folder), "bench", log)
+    except _EnoughError:
+        pass
+    finally:
+        loss.PLAIN_LOGITS = plain_logits
+    if profile is not None:
+        profile.stop()
+    chosen = slice(WARMUP, WARMUP + steps)
+    return seconds[chosen], losses[chosen]
 
 
-def plain(model: Any, tokens: int) -> Callable[[list[int]], float]:
+def rows(tokens: int) -> Iterator[Any]:
+    from students.data import Example
+    from students.loop import Step
+    from students.packing import collate
+
+    draw = np.random.default_rng(0)
+    number = 0
+    while True:
+        lengths = lengths_of(tokens, number)
+        examples = [Example(draw.integers(0, VOCABULARY, n).tolist(), 32) for n in lengths]
+        yield Step([collate(examples, True)], sum(n - 32 for n in lengths), tokens, tokens)
+        number += 1
+
+
+def plain(side: str, model: Any, tokens: int, steps: int) -> tuple[list[float], list[float]]:
     """Rows of one example, as many at a time as `tokens` slots hold; the loss is transformers'."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    device = trained[0].device
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
     def step(lengths: list[int]) -> float:
         total = 0.0
         for batch in padded(sorted(lengths), tokens):
-            ids = torch.randint(VOCABULARY, (len(batch), max(batch)), device="cuda")
-            real = torch.arange(max(batch), device="cuda") < torch.tensor(batch, device="cuda")[:, None]
+            ids = torch.randint(VOCABULARY, (len(batch), max(batch)), device=device)
+            real = torch.arange(max(batch), device=device) < torch.tensor(batch, device=device)[:, None]
             labels = torch.where(real, ids, -100)
             labels[:, :32] = -100
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 loss: Tensor = model(input_ids=ids, attention_mask=real.long(), labels=labels, use_cache=False).loss
             share = sum(batch) / sum(lengths)
             (loss * share).backward()
             total += float(loss.detach()) * share
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return total
 
-    return step
+    seconds, losses = [], []
+    for number in range(WARMUP + steps):
+        lengths = lengths_of(tokens, number)
+        synchronize()
+        began = time.perf_counter()
+        losses.append(step(lengths))
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds[WARMUP:], losses[WARMUP:]
 
 
 def padded(lengths: list[int], slots: int) -> Iterator[list[int]]:
@@ -108,34 +181,40 @@ def padded(lengths: list[int], slots: int) -> Iterator[list[int]]:
     yield batch
 
 
-def measure(side: str, shape: str, lora: bool, tokens: int, steps: int) -> dict[str, Any]:
-    model = build(shape, lora)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    step = {"ours": ours, "transformers": plain}[side](model, tokens)
-    torch.cuda.reset_peak_memory_stats()
-    seconds, losses = [], []
-    for number in range(steps + 2):
-        lengths = lengths_of(tokens, number)
+def synchronize() -> None:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-        began = time.perf_counter()
-        losses.append(step(lengths))
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+
+
+def side_of(name: str) -> Callable[..., tuple[list[float], list[float]]]:
+    if name in ("ours", "eager", "recompute"):
+        return ours
+    if name in ("trl", "trl-flex", "trl-sdpa", "liger"):
+        from tests.bench import sft_peers
+
+        return sft_peers.liger if name == "liger" else sft_peers.trl
+    return plain
+
+
+def measure(
+    side: str, shape: str, lora: bool, tokens: int, steps: int, device: str, profile: StepProfile | None = None
+) -> dict[str, Any]:
+    model = build(shape, lora, device)
     config = model.config
-    own = sum(p.numel() for p in trained)
+    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n and "embed_tokens" not in n)
     weights += config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    squares = [sum(n * n for n in lengths_of(tokens, s)) / tokens for s in range(2, steps + 2)]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    more = {"profile": profile} if profile is not None and side_of(side) is ours else {}
+    seconds, losses = side_of(side)(side, model, tokens, steps, **more)
+    squares = [sum(n * n for n in lengths_of(tokens, s)) / tokens for s in range(WARMUP, WARMUP + steps)]
     context = statistics.fmean(squares) / 2
     flop = (4 if lora else 6) * weights + 12 * config.num_hidden_layers * config.hidden_size * context
-    speed = tokens / statistics.median(seconds[2:])
     return {
-        "side": side, "tokens_per_second": speed, "seconds": [round(s, 3) for s in seconds[2:]], "trained": own,
-        "weights": weights, "flop_per_token": flop, "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "side": side, "tokens_per_second": tokens / statistics.median(seconds), "trained": own, "weights": weights,
+        "seconds": [round(s, 4) for s in seconds], "flop_per_token": flop, "mean_context": context,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
         "losses": [round(x, 3) for x in losses],
     }  # fmt: skip
 
@@ -158,25 +237,37 @@ def bf16_rate() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="See the module's text.")
     parser.add_argument("runs", nargs="*", default=["full-1.5b", "lora-7b"])
+    parser.add_argument("--sides", nargs="+", default=["ours", "transformers"])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", action="store_true", help="of one more step of ours: kernels by kind")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    name = torch.cuda.get_device_name()
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     sheet = next((rate for key, rate in DATASHEET.items() if key in name), None)
-    rate = bf16_rate()
+    rate = bf16_rate() if args.device == "cuda" else float("nan")
     print(f"{name}, torch {torch.__version__}; bf16 product {rate / 1e12:.0f} TFLOP/s")
-    rows = []
+    found = []
     for run in args.runs:
         method, _, shape = run.partition("-")
-        for side in ("ours", "transformers"):
+        for side in args.sides:
+            began = time.perf_counter()
+            profile = StepProfile() if args.profile else None
+            lora = method == "lora"
             try:
-                row = {"run": run} | measure(side, shape, method == "lora", args.tokens, args.steps)
+                row = {"run": run} | measure(side, shape, lora, args.tokens, args.steps, args.device, profile)
             except torch.OutOfMemoryError:
                 row = {"run": run, "side": side, "error": "out of memory"}
+            except Exception:
+                if side_of(side) is ours:
+                    raise
+                row = {"run": run, "side": side, "error": traceback.format_exc()}  # a peer must not end the others
             gc.collect()
-            torch.cuda.empty_cache()
-            rows.append(row)
+            torch.compiler.reset()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+            found.append(row)
             if "error" in row:
                 print(f"{run:<10} {side:<13} {row['error']}", flush=True)
                 continue
@@ -184,9 +275,12 @@ def main() -> None:
             row["mfu"] = done / sheet if sheet else None
             shares = f"{done / rate:.1%} of the product's rate" + (f", MFU {done / sheet:.1%}" if sheet else "")
             print(f"{run:<10} {side:<13} {row['tokens_per_second']:>9,.0f} tokens/s  {shares}  "
-                  f"{row['peak_gib']:.0f} GiB", flush=True)  # fmt: skip
-    if args.out:
-        args.out.write_text(json.dumps({"gpu": name, "bf16_rate": rate, "rows": rows}, indent=1) + "\n")
+                  f"{row['peak_gib'] or 0:.0f} GiB  losses {row['losses'][0]} to {row['losses'][-1]}  "
+                  f"steps {row['seconds']} s  in all {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+            if profile is not None and hasattr(profile, "wall"):
+                print(profile.table(), flush=True)
+            if args.out:
+                args.out.write_text(json.dumps({"gpu": name, "bf16_rate": rate, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
