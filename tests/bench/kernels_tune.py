@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from teacher.kernels.grouped_gemm import grouped_gemm, grouped_swiglu
+from teacher.kernels.grouped_gemm_cuda import SHARED, missing
 from teacher.kernels.operands import Fp8, Groups
 from teacher.kernels.tuning import Tile, save
 from tests.bench.kernels import about
@@ -60,6 +61,8 @@ def candidates(kind: str, average: float) -> Iterator[Tile]:
     if average > 32:
         for group in (8, 16):
             yield Tile(128, 128, 2, group=group, stages=4, specialize=True)
+            for shared in SHARED if missing() is None else ():
+                yield Tile(128, 128, 2, group=group, stages=4, specialize=True, cuda=shared)
     if average > 256:
         yield Tile(128, 128, 2, group=8, stages=4)
 

@@ -9,8 +9,9 @@
 // multiply two row tiles (SHARE_MATRIX: 32 KB a step and block instead of 48), the rows where they multiply two column
 // tiles (SHARE_ROWS: 40 KB). Where one of the two row tiles does not exist its block goes along on rows of zeros.
 //
-// Persistent: as many blocks as the chip holds; every warp computes its next tile from the experts' counts, so nothing
-// is launched before. Sums go out by TMA. What is computed for rows that are no expert's is never written.
+// Persistent: as many blocks as the chip holds; the loading warp finds its next tile from the experts' counts, so nothing
+// is launched before, and tells the others with the tile's first operands. Sums go out by TMA. What is computed for rows
+// that are no expert's is never written.
 
 #include <cuda_runtime.h>
 
@@ -24,12 +25,8 @@ namespace gemm {
 constexpr int ROWS = 128, K_STEP = 128, STAGES = 4;
 constexpr int X_BYTES = ROWS * K_STEP, W_BYTES = 256 * K_STEP, STAGE = X_BYTES + W_BYTES;
 constexpr int THREADS = 384;
-constexpr int SHARED_BYTES = STAGES * STAGE + 4 * PIECE + 2 * STAGES * 8;
-
-#ifndef GEMM_ORDERED
-#define GEMM_ORDERED 0
-#endif
-constexpr bool ORDERED = GEMM_ORDERED;
+constexpr int TILES = 8;  // that blocks' warps are told ahead: more than STAGES, so that none is overwritten unread
+constexpr int SHARED_BYTES = STAGES * STAGE + 4 * PIECE + TILES * 16 + 2 * STAGES * 8;
 
 enum Mode { ALONE, SHARE_MATRIX, SHARE_ROWS };
 
@@ -56,7 +53,8 @@ struct Ring {
     __device__ uint32_t x() const { return base + stage() * STAGE; }
     __device__ uint32_t w() const { return x() + X_BYTES; }
     __device__ uint32_t staging(int group) const { return base + STAGES * STAGE + group * 2 * PIECE; }
-    __device__ uint32_t full() const { return base + STAGES * STAGE + 4 * PIECE + stage() * 8; }
+    __device__ uint32_t told(unsigned tile) const { return base + STAGES * STAGE + 4 * PIECE + tile % TILES * 16; }
+    __device__ uint32_t full() const { return told(0) + TILES * 16 + stage() * 8; }
     __device__ uint32_t empty() const { return full() + STAGES * 8; }
 };
 
@@ -65,6 +63,18 @@ __device__ Walk walk(const Arguments& a) {
     constexpr int wide = KIND == SWIGLU ? 128 : 256;
     return {a.groups, MODE == SHARE_MATRIX ? 2 * ROWS : ROWS,
             MODE == SHARE_ROWS ? (a.columns + 2 * wide - 1) / (2 * wide) : (a.columns + wide - 1) / wide, a.group};
+}
+
+__device__ void tell(uint32_t at, const Tile& tile) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(tile.expert), "r"(tile.row), "r"(tile.rows),
+                 "r"(tile.column)
+                 : "memory");
+}
+__device__ void hear(uint32_t at, Tile& tile) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tile.expert), "=r"(tile.row), "=r"(tile.rows), "=r"(tile.column)
+                 : "r"(at)
+                 : "memory");
 }
 
 // From a cluster's tile to the block's own.
@@ -82,8 +92,10 @@ __device__ void load(const CUtensorMap* x_map, const CUtensorMap* w_map, const A
     Ring<KIND, MODE> ring(base);
     Walk find = walk<KIND, MODE>(a);
     Tile tile;
+    unsigned number = 0;
     for (int index = blockIdx.x / (MODE == ALONE ? 1 : 2); find.find(index, tile); index += clusters) {
         own<MODE>(tile, rank);
+        if (threadIdx.x % 32 == 0) tell(ring.told(number++), tile);
         const int row = tile.rows > 0 ? tile.row : a.rows;  // beyond the last: TMA gives zeros
         const int first = KIND == SWIGLU ? tile.expert * a.columns * 2 + tile.column * 128
                                          : tile.expert * a.columns + tile.column * 256;
@@ -108,6 +120,12 @@ __device__ void load(const CUtensorMap* x_map, const CUtensorMap* w_map, const A
             }
         __syncwarp();
     }
+    if (threadIdx.x % 32 == 0) {
+        hopper::barrier_wait(ring.empty(), ring.phase() ^ 1);
+        tile.expert = -1;
+        tell(ring.told(number), tile);
+        hopper::barrier_arrive(ring.full());
+    }
 }
 
 struct Scales {  // of a step: of the two halves of the columns, of this thread's two rows
@@ -116,8 +134,6 @@ struct Scales {  // of a step: of the two halves of the columns, of this thread'
 
 template <Kind KIND, Mode MODE>
 __device__ void multiply(const CUtensorMap* out_map, const Arguments& a, uint32_t base) {
-    const int rank = MODE == ALONE ? 0 : hopper::cluster_rank();
-    const int clusters = gridDim.x / (MODE == ALONE ? 1 : 2);
     const int k_steps = (a.k + K_STEP - 1) / K_STEP;
     const int scale_rows = (a.columns + 127) / 128 * (KIND == SWIGLU ? 2 : 1);
     const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
@@ -125,11 +141,11 @@ __device__ void multiply(const CUtensorMap* out_map, const Arguments& a, uint32_
     Ring<KIND, MODE> ring(base);
     const Output<KIND> output{out_map, static_cast<unsigned char*>(a.out), a.columns, a.by_tma, ring.staging(group),
                               1 + group};
-    Walk find = walk<KIND, MODE>(a);
-    Tile tile;
-    if (ORDERED && group == 1) hopper::named_arrive(3, 256);
-    for (int index = blockIdx.x / (MODE == ALONE ? 1 : 2); find.find(index, tile); index += clusters) {
-        own<MODE>(tile, rank);
+    for (unsigned number = 0;; ++number) {
+        Tile tile;
+        hopper::barrier_wait(ring.full(), ring.phase());  // with its first operands comes which tile it is
+        hear(ring.told(number), tile);
+        if (tile.expert < 0) break;
         const int last = scale_rows / (KIND == SWIGLU ? 2 : 1) - 1;  // the second of two column tiles may not exist
         const int block = min(KIND == SWIGLU ? tile.column : tile.column * 2, last);
         const int other = KIND == SWIGLU ? block + last + 1 : min(block + 1, last);
@@ -154,13 +170,11 @@ __device__ void multiply(const CUtensorMap* out_map, const Arguments& a, uint32_
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 hopper::hold(part);
-                if (ORDERED) hopper::named_sync(3 + group, 256);
                 hopper::product_fence();
 #pragma unroll
                 for (int i = 0; i < K_STEP / 32; ++i)
                     product_64x128x32(part, x + i * 2, w + half * (W_BYTES / 2 >> 4) + i * 2, i > 0);
                 hopper::product_commit();
-                if (ORDERED) hopper::named_arrive(4 - group, 256);
                 if (half == 0) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = scales.w[i / 2] * scales.x[i % 2];
@@ -243,7 +257,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         hopper::prefetch(&x_map);
         hopper::prefetch(&w_map);
-        const uint32_t barriers = base + STAGES * STAGE + 4 * PIECE;
+        const uint32_t barriers = Ring<KIND, MODE>(base).full();
         for (int i = 0; i < STAGES; ++i) {
             hopper::barrier_init(barriers + i * 8, 1);
             hopper::barrier_init(barriers + (STAGES + i) * 8, MODE == ALONE ? 8 : 16);  // warps that multiply
