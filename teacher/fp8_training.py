@@ -59,18 +59,19 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NK: Tensor, weight_OK: Tensor) -> Tensor:
         fp8 = ctx.fp8 = products(x_NK.device)
-        x, w = fp8.along_columns(x_NK), fp8.weight(weight_OK)
-        ctx.save_for_backward(*x[:2], *w[:2])
+        x, (w, turned) = fp8.along_columns(x_NK), fp8.weight_both(weight_OK)
+        ctx.save_for_backward(*x[:2], *turned[:2])
         return fp8.product(x, w, x_NK.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x, w), fp8 = _saved(ctx), ctx.fp8
+        (x, turned), fp8 = _saved(ctx), ctx.fp8
+        across, along = fp8.both_ways(dy_NO)
         dx_NK = dw_OK = None
         if ctx.needs_input_grad[0]:
-            dx_NK = fp8.input_product(fp8.along_columns(dy_NO), w, dy_NO.dtype)
+            dx_NK = fp8.product(across, turned, dy_NO.dtype)
         if ctx.needs_input_grad[1]:
-            dw_OK = fp8.weight_product(fp8.along_tokens(dy_NO), fp8.again_along_tokens(x))
+            dw_OK = fp8.weight_product(along, fp8.again_along_tokens(x))
         return dx_NK, dw_OK
 
 
@@ -80,22 +81,24 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RK: Tensor, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
         fp8 = ctx.fp8 = products(x_RK.device)
-        x, w = fp8.along_columns(x_RK), fp8.weight(weight_EOK)
-        ctx.save_for_backward(*x[:2], *w[:2], ends_E)
+        x, (w, turned) = fp8.along_columns(x_RK), fp8.weight_both(weight_EOK)
+        ctx.save_for_backward(*x[:2], *turned[:2], ends_E)
         return fp8.grouped_product(x, w, ends_E, x_RK.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x, w), ends_E, fp8 = _saved(ctx), ctx.saved_tensors[4], ctx.fp8
+        (x, turned), ends_E, fp8 = _saved(ctx), ctx.saved_tensors[4], ctx.fp8
+        across, along = fp8.both_ways(dy_RO)
         dx_RK = dw_EOK = None
         if ctx.needs_input_grad[0]:
-            dx_RK = fp8.grouped_input_product(fp8.along_columns(dy_RO), w, ends_E, dy_RO.dtype)
+            dx_RK = fp8.grouped_product(across, turned, ends_E, dy_RO.dtype)
         if ctx.needs_input_grad[1]:
-            dw_EOK = fp8.grouped_weight_product(fp8.along_tokens(dy_RO), fp8.again_along_tokens(x), ends_E)
+            dw_EOK = fp8.grouped_weight_product(along, fp8.again_along_tokens(x), ends_E)
         return dx_RK, dw_EOK, None
 
 
 def _saved(ctx: Any) -> tuple[Quantized, Quantized]:
+    """The input, and the weight transposed."""
     x_values, x_scale, w_values, w_scale = ctx.saved_tensors[:4]
     return Quantized(x_values, x_scale, ACTIVATION_BLOCK), Quantized(w_values, w_scale, WEIGHT_BLOCK)
 

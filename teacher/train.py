@@ -259,7 +259,7 @@ class _Run:
         """Write the waiting lines. ValueError if a loss is not finite: no checkpoint is made of such a state."""
         began = time.perf_counter()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the queued steps' time belongs to them
+            torch.cuda.current_stream(self.device).synchronize()  # the queued steps' time belongs to them
         self.unwritten_seconds += time.perf_counter() - began
         self.at.seconds += self.unwritten_seconds
         speed = self.unwritten_tokens / max(self.unwritten_seconds, 1e-9)

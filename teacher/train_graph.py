@@ -13,6 +13,7 @@ at all is what asks the device for a number: `obstacle` says so.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from teacher.objective import Counts, Objective
 from teacher.train_settings import TrainSettings
 
 _UNRECORDED = 2  # steps of an objective before its recording
+# Several runs may share a device, each in a thread with a stream of its own: they record one at a time.
+_recording = threading.Lock()
 
 Update = Callable[[Objective, Sequence[MicroBatch], Counts, float | Tensor], dict[str, Tensor]]
 
@@ -77,9 +80,11 @@ class StepRecorder:
             self._objective, self._unrecorded, self._graph = objective, _UNRECORDED, None
         if self._unrecorded > 0:
             self._unrecorded -= 1
-            return self._run()
+            with _recording:
+                return self._run()
         if self._graph is None:
-            self._record()
+            with _recording:
+                self._record()
         assert self._graph is not None
         self._graph.replay()
         figures = self._figures.clone().split([shape.numel() for shape in self._shapes])
