@@ -16,7 +16,8 @@ once more from weights that differ by a millionth. `--mid` is a mixture of exper
 of Python's own library and packages, as bytes.
 
 On a CPU each run is a process, `--jobs` at a time. On a GPU, where a small model's kernels leave most of the device
-idle, `--jobs` runs share it as streams of one process. What is killed, or stopped after `--minutes`, is compared so far.
+idle, `--jobs` runs share it as streams of one process. What is killed, or stopped after `--minutes`, is compared as
+far as it came.
 """
 
 from __future__ import annotations

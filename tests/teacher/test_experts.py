@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from teacher import shapes
 from teacher.experts import MoE, expert_layout, grouped_experts, reference_experts
 from tests.tiny import deepseek_config
 
@@ -19,7 +20,9 @@ def inputs(dtype=torch.float32, tokens=40, experts=6, top_k=3, unused=2):
     return x, indices_NK, weights, gate_up, down
 
 
-def test_forward_and_backward_equal_the_reference():
+@pytest.mark.parametrize("fixed", [False, True])
+def test_forward_and_backward_equal_the_reference(fixed, monkeypatch):
+    monkeypatch.setattr(shapes, "fixed", lambda x: fixed)  # True: as on a GPU
     arguments = inputs()
     leaves = [tensor for tensor in arguments if tensor.requires_grad]
     found, expected = grouped_experts(*arguments), reference_experts(*arguments)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from teacher import shapes
 from teacher.muon import MuonAdamW, orthogonalise
 
 
@@ -51,6 +52,30 @@ def test_stacked_experts_go_as_each_alone():
     for expert in range(3):
         alone = after(start[expert], lambda grad, expert=expert: grad[expert])
         torch.testing.assert_close(stacked[expert], alone, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_matrices_of_one_shape_together_go_as_each_alone(moments, monkeypatch):
+    """As on a GPU: several at once, stacks among them, with the rate as a tensor."""
+    torch.manual_seed(4)
+    starts = [torch.randn(shape) for shape in [(12, 20), (3, 12, 20), (20, 12), (12, 20)]]
+    gradients = [[torch.randn_like(start) for start in starts] for _ in range(4)]
+
+    def after(together):
+        monkeypatch.setattr(shapes, "fixed", lambda x: together)
+        parameters = [torch.nn.Parameter(start.clone()) for start in starts]
+        rates = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1}
+        optimizer = MuonAdamW(parameters, [], moments=moments, **rates)
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.02) if together else 0.02
+        for step in gradients:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    for together, alone, start in zip(after(True), after(False), starts, strict=True):
+        assert (alone - start).abs().max() > 0.01
+        torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-2)
 
 
 def test_state_survives_a_save_and_load():

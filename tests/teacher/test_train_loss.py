@@ -5,12 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from teacher import loss
+from teacher import loss, shapes
 from teacher.batches import IGNORE
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("chunk", [1 << 24, 50 * 7])
-def test_head_loss_is_cross_entropy_with_its_gradients(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_loss_is_cross_entropy_with_its_gradients(
+    chunk: int, fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "fixed", lambda x: fixed)  # True: as on a GPU
     monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)  # 7 positions at a time in the second case
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=False)
@@ -45,7 +49,9 @@ def test_under_autocast_the_products_are_bf16_and_the_sum_is_not() -> None:
     assert hidden.grad is not None and head.weight.grad is not None and head.weight.grad.dtype == torch.float32
 
 
-def test_no_position_with_a_loss_is_no_loss() -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_no_position_with_a_loss_is_no_loss(fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "fixed", lambda x: fixed)
     hidden = torch.randn(1, 4, 8, requires_grad=True)
     total, best = loss.head_loss(hidden, nn.Linear(8, 5, bias=False), torch.full((1, 4), IGNORE))
     total.backward()
