@@ -209,6 +209,9 @@ def serve_teacher(
     experts: Annotated[
         Literal["fp8"] | None, typer.Option(help="Our engine: routed experts in FP8, on a Hopper GPU.")
     ] = None,
+    weights: Annotated[
+        Literal["fp8"] | None, typer.Option(help="Our engine: all that FP8 checkpoints hold so, on a Hopper GPU.")
+    ] = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight have after SIGTERM.")] = 30,
     only_print: Annotated[bool, typer.Option("--print", help="vLLM: only print its command.")] = False,
     script: Annotated[
@@ -228,7 +231,7 @@ def serve_teacher(
     options = teacher_serve.ServeOptions(
         host=host, port=port, names=tuple(served_model_name or ()), reasoning_parser=reasoning_parser,
         batch_size=batch_size, max_len=max_len, cache_tokens=cache_tokens, speculate=speculate,
-        max_waiting=max_waiting, dtype=dtype, device=device, experts=experts, grace=grace,
+        max_waiting=max_waiting, dtype=dtype, device=device, experts=experts, weights=weights, grace=grace,
     )  # fmt: skip
     vllm = VllmOptions(
         python=vllm_python, gpus=gpus, gpu_memory=gpu_memory, nodes=nodes,

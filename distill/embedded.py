@@ -80,19 +80,20 @@ def open_model(
     device: str = "cpu",
     field: str = "teacher.model",
     experts: Literal["fp8"] | None = None,
+    weights: Literal["fp8"] | None = None,
 ) -> OpenModel:
     """Load a teacher's folder; dtype None: the checkpoint's. Raises ValueError naming what is wrong with it."""
     from teacher import load_model
 
     folder = teacher_folder(model, field)
     tokenizer = load_tokenizer(str(folder), field=field)
-    weights = load_model(folder, dtype=dtype, device=device, experts=experts)
-    if len(tokenizer) > weights.config.vocab_size:
+    loaded = load_model(folder, dtype=dtype, device=device, experts=experts, weights=weights)
+    if len(tokenizer) > loaded.config.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {weights.config.vocab_size}; "
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {loaded.config.vocab_size}; "
             "they do not belong together"
         )
-    return OpenModel(folder, weights, tokenizer, stop_ids(str(folder), tokenizer))
+    return OpenModel(folder, loaded, tokenizer, stop_ids(str(folder), tokenizer))
 
 
 def identity(teacher: "Teacher") -> dict[str, Any]:
@@ -111,6 +112,7 @@ def variant(teacher: "Teacher", usual_dtype: str | None = None) -> str:
         "think": "leave" if teacher.think == "leave" else None,
         "dtype": None if teacher.dtype == usual_dtype else teacher.dtype,
         "experts": teacher.experts,
+        "weights": teacher.weights,
     }
     return "".join(f"+{name}={value}" for name, value in settings.items() if value is not None)
 
@@ -120,7 +122,7 @@ class EmbeddedTeacher:
 
     def __init__(self, teacher: "Teacher") -> None:
         dtype = teacher.dtype or _USUAL_DTYPE
-        opened = open_model(teacher.model, dtype, teacher.device, experts=teacher.experts)
+        opened = open_model(teacher.model, dtype, teacher.device, experts=teacher.experts, weights=teacher.weights)
         self.id = identity(teacher)["id"]
         self.batch_size = teacher.batch_size
         self.model, self.stop_ids = opened.model, opened.stop_ids

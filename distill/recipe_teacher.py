@@ -58,6 +58,9 @@ class Teacher(Section):
     experts: Literal["fp8"] | None = Field(
         None, description="'fp8': our engine keeps routed experts in FP8, by Triton kernels on a Hopper GPU."
     )
+    weights: Literal["fp8"] | None = Field(
+        None, description="'fp8': all that DeepSeek's FP8 checkpoints hold so, attention and shared experts included."
+    )
     endpoints: Annotated[list[Endpoint], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Servers of kind 'endpoint', all of the same model."
     )

@@ -39,6 +39,7 @@ class ServeOptions:
     max_waiting: int = 1024
     dtype: str | None = None
     experts: Literal["fp8"] | None = None
+    weights: Literal["fp8"] | None = None
     device: str | None = None
     grace: float = 30
 
@@ -73,6 +74,7 @@ def _wanted(what: str, overrides: list[str], options: ServeOptions) -> "tuple[Te
 
     settings = {
         "batch_size": options.batch_size, "dtype": options.dtype, "device": options.device, "experts": options.experts,
+        "weights": options.weights,
     }  # fmt: skip
     stated = {name: value for name, value in settings.items() if value is not None}
     tuned = {"max_model_len": options.max_len, "speculate": options.speculate}
@@ -129,7 +131,7 @@ def _on_our_engine(teacher: "Teacher", options: ServeOptions) -> "tuple[FastAPI,
     from teacher.server.app import create_app
     from teacher.server.generate import Served, read_defaults
 
-    opened = open_model(teacher.model, teacher.dtype, teacher.device, "MODEL", teacher.experts)
+    opened = open_model(teacher.model, teacher.dtype, teacher.device, "MODEL", teacher.experts, teacher.weights)
     # Small checkpoints are bfloat16 like large ones, but only in float32 do they run in C, many times as fast.
     if teacher.dtype is None and suits(opened.model) and obstacle() is None:
         opened.model.float()

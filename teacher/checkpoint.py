@@ -3,7 +3,7 @@
 Three things differ between disk and memory. On disk each expert has its own gate, up and down matrix; in memory a
 layer's experts are stacked. On disk an MTP module carries copies of embedding and head; in memory it uses the main
 model's. On disk a matrix may be in block FP8 (`teacher.fp8`) with its scales beside it; in memory it is not,
-unless experts are asked for so.
+unless it is asked for so (`load_model(experts="fp8")`, `weights="fp8"`).
 Reading: `teacher.checkpoint_read`. Writing: `teacher.checkpoint_write`.
 """
 
@@ -23,6 +23,7 @@ from teacher.experts import Experts
 from teacher.fp8 import WEIGHT_BLOCK
 from teacher.model import DeepseekV3
 from teacher.quantized_experts import QuantizedExperts
+from teacher.quantized_linear import QuantizedLinear
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -95,29 +96,42 @@ def disk_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
     modules = dict(model.named_modules())
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        if not isinstance(modules[owner], Experts | QuantizedExperts):
+        module = modules[owner]
+        if leaf.endswith("_scale") and isinstance(module, QuantizedExperts | QuantizedLinear):
+            continue
+        if not isinstance(module, Experts | QuantizedExperts):
             yield name, tensor
             continue
-        if leaf.endswith("_scale"):
-            continue
         for expert in range(tensor.shape[0]):
+            of = _expert_name(owner, module, expert)
             if leaf == "down_proj":
-                yield f"{owner}.{expert}.down_proj.weight", tensor[expert]
+                yield f"{of}.down_proj.weight", tensor[expert]
             else:
                 gate, up = tensor[expert].chunk(2)
-                yield f"{owner}.{expert}.gate_proj.weight", gate
-                yield f"{owner}.{expert}.up_proj.weight", up
+                yield f"{of}.gate_proj.weight", gate
+                yield f"{of}.up_proj.weight", up
 
 
-def expert_scales(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
-    """The scales of experts that are held in FP8, by their matrices' names on disk, as views into the model."""
+def fp8_scales(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
+    """The scales of what is held in FP8, by the matrices' names on disk, as views into the model."""
     for owner, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield f"{owner}.weight", module.weight_scale
         if isinstance(module, QuantizedExperts):
             for expert in range(len(module.down_proj)):
+                of = _expert_name(owner, module, expert)
                 gate, up = module.gate_up_scale[expert].chunk(2)
-                yield f"{owner}.{expert}.gate_proj.weight", gate
-                yield f"{owner}.{expert}.up_proj.weight", up
-                yield f"{owner}.{expert}.down_proj.weight", module.down_scale[expert]
+                yield f"{of}.gate_proj.weight", gate
+                yield f"{of}.up_proj.weight", up
+                yield f"{of}.down_proj.weight", module.down_scale[expert]
+
+
+def _expert_name(owner: str, module: Experts | QuantizedExperts, expert: int) -> str:
+    """What an expert of a stack is called on disk; a shared one of one piece may stand at the end."""
+    if isinstance(module, QuantizedExperts) and module.shared and expert == len(module.down_proj) - 1:
+        assert module.shared == 1
+        return owner.removesuffix("experts") + "shared_experts"
+    return f"{owner}.{expert}"
 
 
 def mtp_copies(config: DeepseekV3Config) -> dict[str, str]:

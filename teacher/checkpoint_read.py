@@ -23,7 +23,7 @@ from teacher.checkpoint import (
     Stored,
     checkpoint_files,
     disk_tensors,
-    expert_scales,
+    fp8_scales,
     mtp_copies,
     stored_tensors,
 )
@@ -31,6 +31,7 @@ from teacher.config import DeepseekV3Config
 from teacher.fp8 import WEIGHT_BLOCK, dequantize, quantize, scale_shape
 from teacher.model import DeepseekV3
 from teacher.quantized_experts import quantize_experts
+from teacher.quantized_linear import quantize_linears
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
@@ -43,19 +44,20 @@ def load_checkpoint(
     dtype: torch.dtype | str | None,
     device: torch.device | str,
     experts: Literal["fp8"] | None = None,
+    weights: Literal["fp8"] | None = None,
 ) -> DeepseekV3:
     """See `teacher.load_model`."""
     wanted = _torch_dtype(dtype)
-    if experts not in ("fp8", None):
-        raise ValueError(f"experts is {experts!r}; expected 'fp8' or None")
+    for name, given in (("experts", experts), ("weights", weights)):
+        if given not in ("fp8", None):
+            raise ValueError(f"{name} is {given!r}; expected 'fp8' or None")
     if isinstance(source, DeepseekV3Config):
         model = _fresh(source, wanted or torch.float32, torch.device(device))
-        if experts == "fp8":
-            quantize_experts(model)
+        _quantize(model, experts, weights)
         return model
     source = Path(source)
     if source.suffix == ".json":
-        return load_checkpoint(DeepseekV3Config.from_json(source), wanted, device, experts)
+        return load_checkpoint(DeepseekV3Config.from_json(source), wanted, device, experts, weights)
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder; expected a model folder with config.json and safetensors")
     config = DeepseekV3Config.from_json(source)
@@ -68,10 +70,9 @@ def load_checkpoint(
         warnings.warn(message, stacklevel=3)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     model = DeepseekV3.on_meta(dataclasses.replace(config, quantization_config=None))
-    if experts == "fp8":
-        if block not in (None, WEIGHT_BLOCK):
-            raise ValueError(f"{source}: its FP8 blocks are {list(block or ())}; experts kept in FP8 want [128, 128]")
-        quantize_experts(model)
+    if (experts or weights) and block not in (None, WEIGHT_BLOCK):
+        raise ValueError(f"{source}: its FP8 blocks are {list(block or ())}; what is kept in FP8 wants [128, 128]")
+    _quantize(model, experts, weights)
     expected = {name: list(tensor.shape) for name, tensor in disk_tensors(model)}
     copies = mtp_copies(config)
     _check(source, config, expected | {copy: expected[name] for copy, name in copies.items()}, stored, set(copies))
@@ -90,6 +91,13 @@ def _fresh(config: DeepseekV3Config, dtype: torch.dtype, device: torch.device) -
     config = dataclasses.replace(config, quantization_config=None)
     model = DeepseekV3.on_meta(config) if device.type == "meta" else DeepseekV3(config)
     return _cast(model, dtype).to(device)
+
+
+def _quantize(model: DeepseekV3, experts: str | None, weights: str | None) -> None:
+    if experts or weights:
+        quantize_experts(model, shared=weights is not None)
+    if weights:
+        quantize_linears(model)
 
 
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -190,7 +198,7 @@ def _fill(model: DeepseekV3, stored: dict[str, Stored], block: tuple[int, int] |
         if not (scale.isfinite() & (scale >= 0)).all():
             raise ValueError(f"{stored[name].path}: {name} holds a scale that is negative or not finite")
 
-    kept = dict(expert_scales(model))  # of matrices that stay in FP8
+    kept = dict(fp8_scales(model))  # of matrices that stay in FP8
 
     def put(name: str, tensor: Tensor, place: Tensor) -> None:
         if name in kept:

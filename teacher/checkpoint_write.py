@@ -24,7 +24,7 @@ from teacher.checkpoint import (
     SCALE,
     SINGLE,
     disk_tensors,
-    expert_scales,
+    fp8_scales,
     is_fp8_matrix,
     mtp_copies,
 )
@@ -42,8 +42,10 @@ def save_checkpoint(
     fp8: bool = False,
 ) -> None:
     """See `DeepseekV3.save_pretrained`. A shard holds at most `shard_bytes` of tensors, or one tensor."""
-    if next(expert_scales(model), None) is not None:
-        raise ValueError("a model that was loaded with experts in FP8 is for inference; save one loaded without")
+    if next(fp8_scales(model), None) is not None:
+        raise ValueError(
+            "a model that was loaded with weights or experts in FP8 is for inference; save one loaded without"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or model.lm_head.weight.dtype

@@ -8,7 +8,7 @@ L layers, C latent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from teacher.attention import CacheView, PagedView, View
 from teacher.cache import LatentCache
 from teacher.config import DeepseekV3Config
+from teacher.fused import FusedModel, fused_obstacle
 from teacher.model import DeepseekV3
 from teacher.sampling import Settings, sample
 from teacher.slots import Slots
@@ -38,15 +39,20 @@ class Batch(NamedTuple):
 
 
 class TorchRunner:
-    """Runs `model` over the sequences of `cache`; with `kernels`, absorbed attention by the MLA decoding kernel."""
+    """Runs `model` over the sequences of `cache`; with `kernels`, absorbed attention by the MLA decoding kernel, and
+    the rest of such a step by fused ones (`teacher.fused`) where they can."""
 
     name = "torch"
 
     def __init__(self, model: DeepseekV3, cache: LatentCache, kernels: bool = False) -> None:
         self.model, self.cache, self._kernels = model, cache, kernels
         self.device = model.lm_head.weight.device
+        self._fused: FusedModel | None = None
         if kernels:
             self.name += ", MLA decode in Triton"
+            if fused_obstacle(model) is None:
+                self._fused = FusedModel(model)
+                self.name += ", fused steps"
 
     @torch.inference_mode()
     def forward(self, batch: Batch, wanted_M: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -73,6 +79,8 @@ class TorchRunner:
     def extend(self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor) -> Tensor:
         """Hidden states (B, T, H) of new tokens; positions of padding are -1."""
         views, absorbed = self._views(slice(self.model.config.num_hidden_layers), position_BT, table_BP, None)
+        if self._fused is not None and isinstance(views[0], PagedView):
+            return self._fused.extend(tokens_BT, position_BT.clamp_min(0), cast(Sequence[PagedView], views))
         return self.model.extend(tokens_BT, position_BT.clamp_min(0), views, absorbed)
 
     def extend_draft(
@@ -81,6 +89,8 @@ class TorchRunner:
         """The draft module's output (B, T, H)."""
         last = self.model.config.num_hidden_layers
         (view,), absorbed = self._views(slice(last, last + 1), position_BT, table_BP, first_B1)
+        if self._fused is not None and isinstance(view, PagedView):
+            return self._fused.draft(hidden_BTH, tokens_BT, position_BT.clamp_min(0), view)
         return self.model.draft(hidden_BTH, tokens_BT, position_BT.clamp_min(0), view, absorbed)
 
     def _views(

@@ -25,12 +25,12 @@ from teacher.kernels.quantize import quantize_activations
 
 
 def expert_layer(
-    x_NH: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up: Fp8, down: Fp8, shared: bool = False
+    x_NH: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up: Fp8, down: Fp8, shared: int = 0
 ) -> Tensor:
     """Sum over a token's experts of weight * down(silu(gate x) * up x): (N, H) in x's dtype, bf16 or fp32.
 
     gate_up (E, 2I, H) and down (E, H, I), as `grouped_swiglu` and `grouped_gemm` take them. With `shared` the stacks
-    hold one more expert, which every token visits with weight 1.
+    hold so many more experts, which every token visits with weight 1.
     """
     take("x_NH", x_NH, (torch.bfloat16, torch.float32), (2,))
     rows = expert_rows(indices_NK, len(gate_up.values) - shared, shared)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from teacher.cache import LatentCache
+from teacher.fp8 import FP8
 from teacher.model import DeepseekV3
 from teacher.native.build import build, set_blas_threads, sgemm
 from teacher.native.pack import Packed, absorbed_parameters, sizes
@@ -178,7 +179,10 @@ def native_runners(model: DeepseekV3, cache: LatentCache, count: int) -> list[Na
 
 
 def suits(model: DeepseekV3) -> bool:
-    """Whether C is meant for this model, be it in float32: on a CPU, not large, and no larger for being absorbed."""
+    """Whether C is meant for this model, be it in float32: on a CPU, not large, no larger for being absorbed, and not
+    in FP8, whose scales it does not know."""
+    if any(buffer.dtype == FP8 for buffer in model.buffers()):
+        return False
     absorbed, plain = absorbed_parameters(model.config)
     small = sum(parameter.numel() for parameter in model.parameters()) * 4 <= _MOST_BYTES
     return model.lm_head.weight.device.type == "cpu" and small and absorbed <= 1.5 * plain

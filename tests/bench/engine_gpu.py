@@ -27,6 +27,8 @@ from teacher import load_model
 from teacher.config import DeepseekV3Config
 from teacher.engine import Engine
 from teacher.model import DeepseekV3
+from teacher.quantized_experts import quantize_experts
+from teacher.quantized_linear import quantize_linears
 from teacher.requests import Request
 
 PROMPT, NEW, LONG = 128, 128, 3968
@@ -53,6 +55,16 @@ def lite() -> DeepseekV3:
                 tensor.fill_(0.0 if "bias" in name else 1.0)
             else:
                 tensor.normal_(std=0.02 if "lm_head" not in name else 0.2)
+    return model
+
+
+def quantized(model: DeepseekV3, weights: str) -> DeepseekV3:
+    """`model` with its experts, or all that FP8 checkpoints hold so, in FP8; "model": as it is."""
+    if weights != "model":
+        quantize_experts(model, shared=weights == "fp8")
+    if weights == "fp8":
+        quantize_linears(model)
+    torch.cuda.empty_cache()
     return model
 
 

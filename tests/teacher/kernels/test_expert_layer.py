@@ -7,8 +7,10 @@ pytest.importorskip("triton")
 
 from teacher.experts import Experts, reference_experts
 from teacher.kernels.expert_layer import expert_layer
+from teacher.kernels.expert_pairs import expert_pairs
 from teacher.kernels.expert_rows import combine, combine_reference, expert_rows, expert_rows_reference
 from teacher.kernels.operands import Fp8
+from teacher.kernels.quantize import quantize_activations
 from teacher.quantized_experts import QuantizedExperts, chosen_path, expert_layer_reference, quantize_experts
 from teacher.routing import Routing
 from tests.teacher.kernels.grouped import deepgemm_difference, quantized, relative
@@ -21,7 +23,7 @@ def routing(tokens, experts, k, device, busy=None):
     return chosen.to(device), torch.rand(tokens, k, device=device) + 0.1
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [0, 1, 2])
 @pytest.mark.parametrize(
     ("tokens", "experts", "k", "busy"), [(1, 8, 2, 8), (77, 9, 3, 5), (300, 4, 4, 4), (600, 6, 1, 2)]
 )
@@ -33,7 +35,7 @@ def test_rows_are_a_stable_sort(tokens, experts, k, busy, shared, device):
     assert torch.equal(found.groups.count_E, expected.groups.count_E)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [0, 1, 2])
 @pytest.mark.parametrize("hidden", [128, 577, 1088])
 def test_combine(hidden, shared, device):
     indices, weights = routing(37, 5, 3, device)
@@ -51,7 +53,7 @@ def layer(experts, hidden, inner, device):
     return gate_up, down, gate_up8, down8
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [0, 1, 2])
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 4, 2), (70, 3, 1)])
 def test_the_layer_is_its_definition_and_near_the_truth(tokens, experts, k, shared, device):
     gate_up, down, gate_up8, down8 = layer(experts, 272, 144, device)
@@ -63,8 +65,9 @@ def test_the_layer_is_its_definition_and_near_the_truth(tokens, experts, k, shar
     assert relative(found, expected) < 5e-3
     assert torch.equal(found, expert_layer(x, indices, weights, gate_up8, down8, shared))
     if shared:
-        indices = torch.cat([indices, indices.new_full((tokens, 1), experts - 1)], dim=1)
-        weights = torch.cat([weights, weights.new_ones(tokens, 1)], dim=1)
+        last = torch.arange(experts - shared, experts, device=device).expand(tokens, -1)
+        indices = torch.cat([indices, last], dim=1)
+        weights = torch.cat([weights, weights.new_ones(tokens, shared)], dim=1)
     truth = reference_experts(x, indices, weights, gate_up, down)
     assert relative(found, truth) <= 1.5 * relative(expected, truth)
     assert deepgemm_difference(found, truth) <= 1.5 * deepgemm_difference(expected, truth)
@@ -114,3 +117,27 @@ def test_what_is_not_taken_is_named(device):
             Fp8(quantised.gate_up_proj, quantised.gate_up_scale),
             Fp8(quantised.down_proj, quantised.down_scale),
         )
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 6, 3), (3, 5, 2)])
+def test_pairs_are_the_layer(tokens, experts, k, shared, device):
+    _, _, gate_up8, down8 = layer(experts, 272, 144, device)
+    x = torch.randn(tokens, 272, device=device)
+    indices, weights = routing(tokens, experts - shared, k, device)
+    x8 = Fp8(*quantize_activations(x))
+    found = expert_pairs(x8, indices, weights, gate_up8, down8, shared)
+    assert found.dtype == torch.float32 and found.shape[1:] == (tokens, 272)
+    expected = expert_layer_reference(x, indices, weights, gate_up8, down8, shared)
+    assert relative(found.sum(0), expected) < 5e-3
+    assert relative(found.sum(0), expert_layer(x, indices, weights, gate_up8, down8, shared)) < 5e-3
+    assert torch.equal(found, expert_pairs(x8, indices, weights, gate_up8, down8, shared))
+
+
+def test_pairs_refuse_what_does_not_fit(device):
+    _, _, gate_up8, down8 = layer(3, 64, 64, device)
+    x8, (indices, weights) = Fp8(*quantize_activations(torch.randn(2, 64, device=device))), routing(2, 3, 2, device)
+    with pytest.raises(ValueError, match=r"weights_NK have shapes .*\[2, 1\]\); taken: .*\[2, 2\]"):
+        expert_pairs(x8, indices, weights[:, :1].contiguous(), gate_up8, down8)
+    with pytest.raises(ValueError, match=r"x\.scales is torch\.float32 of \[2, 3\]; taken: float32 of \[2, 1\]"):
+        expert_pairs(Fp8(x8.values, torch.ones(2, 3, device=device)), indices, weights, gate_up8, down8)

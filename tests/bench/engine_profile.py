@@ -1,0 +1,71 @@
+"""Which kernels a decoding step of the engine is made of: torch's profiler over steps of V2-Lite's shape.
+
+    python -m tests.bench.engine_profile [--sequences 1,64] [--weights fp8|experts|model] [--top 25]
+
+A table for each concurrency: microseconds and launches a step by kernel, and beside the profiler, without it, what a
+step takes by the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import teacher.runner
+from teacher.engine import Engine
+from teacher.model import DeepseekV3
+from tests.bench.engine_gpu import lite, quantized, requests
+
+STEPS = 8
+
+
+def table(model: DeepseekV3, count: int, top: int, cache_dtype: str) -> None:
+    """Print the kernels of a step of `count` sequences."""
+    engine = Engine(model, None, count, 512, cache_tokens=count * 512, cache_dtype=cache_dtype)  # type: ignore[arg-type]
+    for request in requests(count, 400, 128, None):
+        engine.add(request)
+    for _ in range(20):
+        engine.step()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(2 * STEPS):
+        engine.step()
+    torch.cuda.synchronize()
+    step = (time.perf_counter() - started) / 2 / STEPS
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(STEPS):
+            engine.step()
+        torch.cuda.synchronize()
+    kernels: dict[str, tuple[float, int]] = {}
+    for event in found.events():
+        if event.device_time > 0:
+            name = re.sub(r"\s+", " ", event.name)[:110]
+            seconds, launches = kernels.get(name, (0.0, 0))
+            kernels[name] = seconds + event.device_time, launches + 1
+    total, launches = (sum(each[i] for each in kernels.values()) / STEPS for i in (0, 1))
+    print(f"\n{count} sequences: {step * 1e3:.2f} ms a step, kernels {total / 1e3:.2f} ms in {launches:.0f} launches")
+    for name, (us, times) in sorted(kernels.items(), key=lambda item: -item[1][0])[:top]:
+        print(f"{us / STEPS:9.1f} us {times / STEPS:6.1f} x {us / times:8.2f}  {name}", flush=True)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--sequences", default="1,64")
+    options.add_argument("--weights", choices=("fp8", "experts", "model"), default="model")
+    options.add_argument("--cache", choices=("model", "fp8"), default="model")
+    options.add_argument("--top", type=int, default=25)
+    options.add_argument("--plain", action="store_true", help="without the fused kernels of teacher.fused")
+    chosen = options.parse_args()
+    if chosen.plain:
+        teacher.runner.fused_obstacle = lambda model: "switched off"
+    model = quantized(lite(), chosen.weights)
+    for count in map(int, chosen.sequences.split(",")):
+        table(model, count, chosen.top, chosen.cache)
+
+
+if __name__ == "__main__":
+    main()
