@@ -84,7 +84,7 @@ def mla_decode(
     asked for cannot take them.
     """
     rows, tokens, heads, rank = q_latent_BTHR.shape
-    rope, page_size = q_rope_BTHD.shape[-1], cache_PGW.shape[1]
+    page_size = cache_PGW.shape[1]
     _check(q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, first_B)
     if out is None:
         out = torch.empty(rows, tokens, heads, rank, dtype=q_latent_BTHR.dtype, device=q_latent_BTHR.device)
@@ -105,25 +105,13 @@ def mla_decode(
     if splits is None:
         tiles = -(-table_BP.shape[1] * page_size // config.block_n)
         splits = choose_splits(rows * blocks, tiles, _processors(cache_PGW.device) * config.programs)
-    parts, lse = out, out
-    if splits > 1:
-        parts = torch.empty(rows, splits, queries, rank, dtype=torch.float32, device=out.device)
-        lse = torch.empty(rows, splits, queries, dtype=torch.float32, device=out.device)
+    elif not 1 <= splits <= _MOST_SPLITS:
+        raise ValueError(f"splits is {splits}; expected 1 to {_MOST_SPLITS}")
+    arguments = q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, scale, first_B
     if by_cuda:
-        mla_hopper.launch(
-            q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, scale, first_B, parts, lse, splits, block_m
-        )
+        mla_hopper.launch(*arguments, out, splits, block_m)
     else:
-        _launch_triton(
-            q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, scale, first_B, parts, lse, splits, block_m,
-            config,
-        )  # fmt: skip
-    if splits > 1:
-        columns = min(TILE, triton.next_power_of_2(rank))
-        mla_kernels.merge[(queries, rows, -(-rank // columns))](
-            parts, lse, out, queries, splits, RANK=rank, BLOCK_S=triton.next_power_of_2(splits),
-            BLOCK_C=columns, num_warps=4,
-        )  # fmt: skip
+        _launch_triton(*arguments, out, splits, block_m, config)
     return out
 
 
@@ -146,16 +134,20 @@ def _by_cuda(
 
 def _launch_triton(
     q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, table_BP: Tensor, position_BT: Tensor, scale: float,
-    first_B: Tensor | None, parts: Tensor, lse: Tensor, splits: int, block_m: int, config: Config,
+    first_B: Tensor | None, out: Tensor, splits: int, block_m: int, config: Config,
 ) -> None:  # fmt: skip
     rows, tokens, heads, rank = q_latent_BTHR.shape
+    queries = tokens * heads
     rope, page_size, fp8 = q_rope_BTHD.shape[-1], cache_PGW.shape[1], cache_PGW.dtype == torch.uint8
-    blocks = -(-tokens * heads // block_m)
+    parts, lse = out, out
+    if splits > 1:
+        parts = torch.empty(rows, splits, queries, rank, dtype=torch.float32, device=out.device)
+        lse = torch.empty(rows, splits, queries, dtype=torch.float32, device=out.device)
     tile = min(TILE, triton.next_power_of_2(max(rank, 16)))
     views = (
         (cache_PGW.view(t) for t in (torch.float8_e4m3fn, torch.float32, torch.bfloat16)) if fp8 else [cache_PGW] * 3
     )
-    mla_kernels.decode[(blocks, rows, splits)](
+    mla_kernels.decode[(-(-queries // block_m), rows, splits)](
         q_latent_BTHR, q_rope_BTHD, *views, table_BP, position_BT, position_BT if first_B is None else first_B,
         parts, lse, scale * math.log2(math.e), splits, tokens, heads, table_BP.stride(0), *q_latent_BTHR.stride()[:3],
         *q_rope_BTHD.stride()[:3], RANK=rank, ROPE=rope, WIDTH=cache_PGW.shape[2], PAGE=page_size, TILE=tile,
@@ -163,6 +155,12 @@ def _launch_triton(
         BLOCK_M=block_m, BLOCK_N=config.block_n, SPLIT=splits > 1, FP8=fp8,
         FROM_FIRST=first_B is not None, EXACT=INTERPRETED, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    if splits > 1:
+        columns = min(TILE, triton.next_power_of_2(rank))
+        mla_kernels.merge[(queries, rows, -(-rank // columns))](
+            parts, lse, out, queries, splits, RANK=rank, BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_C=columns, num_warps=4,
+        )  # fmt: skip
 
 
 def choose_splits(programs: int, tiles: int, places: int) -> int:

@@ -63,26 +63,35 @@ def queries_of_program(fp8: bool, queries: int) -> int:
 
 def launch(
     q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, table_BP: Tensor, position_BT: Tensor, scale: float,
-    first_B: Tensor | None, parts: Tensor, lse: Tensor, splits: int, block_m: int,
+    first_B: Tensor | None, out: Tensor, splits: int, block_m: int,
 ) -> None:  # fmt: skip
-    """Attend, one part a split: `parts` (B, splits, T * H, R) and `lse` (B, splits, T * H), as mla_kernels.decode."""
+    """Attend with `block_m` queries a program into `out`; arguments as of `mla_decode`, which has checked them."""
     built = _library()
     assert isinstance(built, ctypes.CDLL)
     fp8 = cache_PGW.dtype == torch.uint8
-    rows, tokens, heads, _ = q_latent_BTHR.shape
+    rows, tokens, heads, rank = q_latent_BTHR.shape
     strides = (*q_latent_BTHR.stride()[:3], *q_rope_BTHD.stride()[:3])
     starts = q_latent_BTHR.data_ptr() | q_rope_BTHD.data_ptr()
     wide = [index is not None and index.dtype == torch.int64 for index in (table_BP, position_BT, first_B)]
+    parts, lse = out, None
+    if splits > 1:
+        parts = torch.empty(rows, splits, tokens * heads, rank, dtype=torch.float32, device=out.device)
+        lse = torch.empty(rows, splits, tokens * heads, dtype=torch.float32, device=out.device)
     arguments = _Arguments(
         q_latent_BTHR.data_ptr(), q_rope_BTHD.data_ptr(), cache_PGW.data_ptr(), table_BP.data_ptr(),
-        position_BT.data_ptr(), None if first_B is None else first_B.data_ptr(), parts.data_ptr(), lse.data_ptr(),
-        *strides, table_BP.stride(0), cache_PGW.shape[0] * cache_PGW.shape[1], scale * math.log2(math.e),
-        rows, tokens, heads, splits, cache_PGW.shape[1] // TILE, sum(bit << i for i, bit in enumerate(wide)),
+        position_BT.data_ptr(), None if first_B is None else first_B.data_ptr(), parts.data_ptr(),
+        None if lse is None else lse.data_ptr(), *strides, table_BP.stride(0),
+        cache_PGW.shape[0] * cache_PGW.shape[1], scale * math.log2(math.e), rows, tokens, heads, splits,
+        cache_PGW.shape[1] // TILE, sum(bit << i for i, bit in enumerate(wide)),
         int(starts % 16 == 0 and all(stride % 8 == 0 for stride in strides)), int(parts.dtype == torch.float32),
     )  # fmt: skip
     stream = ctypes.c_void_p(torch.cuda.current_stream(cache_PGW.device).cuda_stream)
+    attend = getattr(built, f"mla_decode_{'fp8' if fp8 else 'bf16'}_{_FEW if block_m == 16 else block_m}")
     with torch.cuda.device(cache_PGW.device):
-        call(getattr(built, f"mla_decode_{'fp8' if fp8 else 'bf16'}_{_FEW if block_m == 16 else block_m}"), ctypes.byref(arguments), stream)
+        call(attend, ctypes.byref(arguments), stream)
+        if splits > 1:
+            as_float = int(out.dtype == torch.float32)
+            call(built.mla_merge, ctypes.byref(arguments), ctypes.c_void_p(out.data_ptr()), as_float, stream)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """MLA decode and the FP8 cache's append, for tests.bench.kernels.
 
+"ours" is the path that is taken by itself; where that is the CUDA kernel, Triton's stands beside it ("ours, Triton").
 Beside our rows: the same attention over keys and values rebuilt for every head, by torch's SDPA, which is what the
 latent saves; FlashMLA and FlashInfer where they can be imported. bytes is one reading of the cache, the queries and
 the output; flops those of the absorbed form. What binds a row is in its note: 16 heads bytes, 128 heads the BF16 rate.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +33,16 @@ def checks(bench: Bench) -> Iterator[Check]:
         for heads, tokens in ((16, 1), (16, 2), (16, 5), (128, 1), (128, 2)):
             case = Case(lengths, heads, tokens, fp8=fp8)
             name = f"mla decode {'fp8' if fp8 else 'bf16'} {heads} heads, {tokens} tokens"
-            for splits in (1, 7, None):
-                yield Check(f"{name}, {splits or 'own'} splits", error(case.run(splits=splits), case.reference()), 6e-3)
-        case = Case([3000, 700], 16, fp8=True)
-        if fp8:
-            floor, truth = error(case.reference(), case.truth()), case.truth()
-            yield Check("mla decode fp8 against unrounded truth", error(case.run(), truth), 1.2 * floor)
+            for path in _paths(heads * tokens, fp8):
+                for splits in (1, 7, None):
+                    found = error(case.run(splits=splits, path=path), case.reference())
+                    yield Check(f"{name}, {splits or 'own'} splits, {path}", found, 6e-3)
+    for heads in (16, 64):
+        case = Case([3000, 700], heads, fp8=True)
+        floor, truth = error(case.reference(), case.truth()), case.truth()
+        for path in _paths(heads, True):
+            name = f"mla decode fp8 {heads} heads against unrounded truth, {path}"
+            yield Check(name, error(case.run(path=path), truth), 1.2 * floor)
     latent = torch.randn(1000, RANK + ROPE, device="cuda", dtype=torch.bfloat16) * 3
     cache = torch.full((20, PAGE, 656), 0xA5, dtype=torch.uint8, device="cuda")
     place = torch.randperm(19 * PAGE, device="cuda")[:1000] + PAGE
@@ -64,14 +70,17 @@ def _decodes(bench: Bench, batch: int, context: int) -> Iterator[Row]:
         position = torch.full((batch, 1), context - 1, device="cuda")
         shape = f"b{batch} h{heads} s{context}"
         for which, name, width in ((0, "bf16", 1152), (1, "fp8", 656)):
-            makes = [
-                _bound(
-                    mla_decode, query[..., :RANK], query[..., RANK:], caches[which], caches[2], position, SCALE
-                )
-                for query, caches in zip(queries, sets, strict=True)
-            ]  # fmt: skip
             size = batch * context * width + other
-            yield bench.measure("mla decode", f"{shape} {name}", "ours", flops, size, makes)
+            for path in _paths(heads, which == 1):
+                makes = [
+                    _bound(
+                        partial(mla_decode, path=path), query[..., :RANK], query[..., RANK:], caches[which], caches[2],
+                        position, SCALE,
+                    )
+                    for query, caches in zip(queries, sets, strict=True)
+                ]  # fmt: skip
+                by = "ours, Triton" if path == "triton" and len(_paths(heads, which == 1)) > 1 else "ours"
+                yield bench.measure("mla decode", f"{shape} {name}", by, flops, size, makes)
         size = batch * context * 1152 + other
         for peer, make in _peers(batch, heads, context):
             makes = [make(query, caches[0], caches[2]) for query, caches in zip(queries, sets, strict=True)]
@@ -80,6 +89,15 @@ def _decodes(bench: Bench, batch: int, context: int) -> Iterator[Row]:
             yield bench.measure(
                 "mla decode", f"{shape} bf16", "SDPA, rebuilt", flops, size, [_sdpa(batch, heads, context)]
             )
+
+
+def _paths(queries: int, fp8: bool) -> tuple[str, ...]:
+    """What is taken by itself, and Triton's kernel beside it where that is the CUDA one."""
+    from teacher.kernels.cuda.build import library
+    from teacher.kernels.mla_hopper import preferred
+
+    by_cuda = preferred(fp8, queries) and not isinstance(library("mla_decode"), str)
+    return ("cuda", "triton") if by_cuda else ("triton",)
 
 
 def _caches(batch: int, context: int) -> tuple[Tensor, Tensor, Tensor]:

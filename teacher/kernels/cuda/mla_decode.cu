@@ -4,15 +4,82 @@
 #include "mla_decode_16.cuh"
 #include "mla_decode_16b.cuh"
 #include "mla_decode_64.cuh"
+#ifndef MLA_PAIR
+#define MLA_PAIR 1
+#endif
 
-template <class SharedMemory, int QUERIES, class Kernel, class... More>
-static cudaError_t launch(Kernel* kernel, int threads, const mla::Arguments& a, cudaStream_t stream, const More&... more) {
+namespace mla {
+
+constexpr int kMostSplits = 128;
+
+// A CTA a query, a thread four columns: the splits' parts weighted by their shares of the softmax's sum. A split whose
+// share is none has written no part.
+__global__ void __launch_bounds__(kRank / 4)
+    merge(const float* parts, const float* lse, void* out, int queries, int splits, int out_float) {
+    const int m = blockIdx.x, lane = threadIdx.x % 32;
+    const int64_t first = int64_t(blockIdx.y) * splits * queries + m;
+    wait_for_launch_before();
+    float weight[kMostSplits / 32], top = -INFINITY, total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kMostSplits / 32; k++) {
+        weight[k] = lane + 32 * k < splits ? lse[first + int64_t(lane + 32 * k) * queries] : -INFINITY;
+        top = fmaxf(top, weight[k]);
+    }
+    for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFF, top, step));
+#pragma unroll
+    for (int k = 0; k < kMostSplits / 32; k++) {
+        weight[k] = top == -INFINITY ? 0.0f : exp2f(weight[k] - top);
+        total += weight[k];
+    }
+    for (int step = 16; step; step /= 2) total += __shfl_xor_sync(0xFFFFFFFF, total, step);
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int k = 0; k < kMostSplits / 32; k++)
+#pragma unroll 4
+        for (int j = 0; j < min(32, splits - 32 * k); j++) {
+            const float w = __shfl_sync(0xFFFFFFFF, weight[k], j);
+            if (w == 0.0f) continue;
+            const float4 part = *reinterpret_cast<const float4*>(
+                parts + (first + int64_t(32 * k + j) * queries) * kRank + 4 * threadIdx.x);
+            sum.x = fmaf(w, part.x, sum.x), sum.y = fmaf(w, part.y, sum.y);
+            sum.z = fmaf(w, part.z, sum.z), sum.w = fmaf(w, part.w, sum.w);
+        }
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    const int64_t to = (int64_t(blockIdx.y) * queries + m) * kRank + 4 * threadIdx.x;
+    if (out_float) {
+        *reinterpret_cast<float4*>(static_cast<float*>(out) + to) =
+            make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse);
+    } else {
+        const __nv_bfloat162 two[2] = {__floats2bfloat162_rn(sum.x * inverse, sum.y * inverse),
+                                       __floats2bfloat162_rn(sum.z * inverse, sum.w * inverse)};
+        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(out) + to) = reinterpret_cast<const uint2&>(two);
+    }
+}
+
+}  // namespace mla
+
+template <class SharedMemory, int QUERIES, class... Parameters, class... More>
+static cudaError_t launch(void (*kernel)(Parameters...), int threads, int cluster, const mla::Arguments& a,
+                          cudaStream_t stream, const More&... more) {
     const int size = int(sizeof(SharedMemory));
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size);
     if (error != cudaSuccess) return error;
-    const dim3 grid((a.tokens * a.heads + QUERIES - 1) / QUERIES, a.rows, a.splits);
-    kernel<<<grid, threads, size, stream>>>(a, more...);
-    return cudaGetLastError();
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((a.tokens * a.heads + QUERIES - 1) / QUERIES, a.rows, a.splits);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = size;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1;
+    return cudaLaunchKernelEx(&config, kernel, a, more...);
+}
+
+// Whether two CTAs share what they load.
+static bool paired(const mla::Arguments& a) {
+    return (a.tokens * a.heads + mla::kQueries - 1) / mla::kQueries % 2 == 0;
 }
 
 extern "C" int mla_decode_bf16_64(const mla::Arguments* a, cudaStream_t stream) {
@@ -35,17 +102,37 @@ extern "C" int mla_decode_bf16_64(const mla::Arguments* a, cudaStream_t stream) 
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
         return cudaErrorInvalidValue;
-    return launch<mla::Shared, mla::kQueries>(mla::decode_64<false>, 384, *a, stream, map);
+    if (MLA_PAIR && paired(*a)) return launch<mla::Shared, mla::kQueries>(mla::decode_64<false, true>, 384, 2, *a, stream, map);
+    return launch<mla::Shared, mla::kQueries>(mla::decode_64<false, false>, 384, 1, *a, stream, map);
 }
 
 extern "C" int mla_decode_fp8_64(const mla::Arguments* a, cudaStream_t stream) {
-    return launch<mla::Shared, mla::kQueries>(mla::decode_64<true>, 384, *a, stream, CUtensorMap{});
+    return launch<mla::Shared, mla::kQueries>(mla::decode_64<true, false>, 384, 1, *a, stream, CUtensorMap{});
 }
 
 extern "C" int mla_decode_fp8_16(const mla::Arguments* a, cudaStream_t stream) {
-    return launch<mla::SharedFew, mla::kFew>(mla::decode_fp8_16, 256, *a, stream);
+    return launch<mla::SharedFew, mla::kFew>(mla::decode_fp8_16, 256, 1, *a, stream);
 }
 
 extern "C" int mla_decode_fp8_16b(const mla::Arguments* a, cudaStream_t stream) {
-    return launch<mla::SharedFewB, mla::kFew>(mla::decode_fp8_16b, 256, *a, stream);
+    return launch<mla::SharedFewB, mla::kFew>(mla::decode_fp8_16b, 256, 1, *a, stream);
 }
+
+// Merges what a launch above it on the same stream has written as `a->out` and `a->lse`.
+extern "C" int mla_merge(const mla::Arguments* a, void* out, int out_float, cudaStream_t stream) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(a->tokens * a->heads, a->rows);
+    config.blockDim = dim3(mla::kRank / 4);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, mla::merge, static_cast<const float*>(a->out), static_cast<const float*>(a->lse),
+                              out, a->tokens * a->heads, a->splits, out_float);
+}
+
+#ifdef MLA_TRACE
+extern "C" int mla_trace(unsigned long long* to) { return cudaMemcpyFromSymbol(to, mla::trace, sizeof(mla::trace)); }
+#endif

@@ -193,6 +193,7 @@ __device__ __forceinline__ void weigh(const Arguments& a, SharedFewB& shared, co
         if (t == 0) shared.total[warp][g + 8 * r] = total[r];
         if (warp == 0 && t == 0) shared.reference[g + 8 * r] = reference[r];
     }
+    dependents_may_start();
     named_arrive(2, 256);
 }
 
@@ -254,6 +255,7 @@ __device__ __forceinline__ void sum_values(const Arguments& a, SharedFewB& share
             barrier_arrive(shared_address(&shared.empty[i % kStagesB]));
         }
     }
+    dependents_may_start();
     named_sync(2, 256);
     const int queries = a.tokens * a.heads;
 #pragma unroll

@@ -36,10 +36,11 @@ struct Shared {
 // The order in which a buffer's tiles are loaded and multiplied: the owner's half is free first.
 __device__ __forceinline__ int tile_at(int owner, int i) { return i == 8 ? 8 : (i + 4 * owner) % 8; }
 
-// A warp a query, a lane chunks `lane` and `lane + 32` of its latent; the first eight lanes its rotary part.
+// Eight warps, one a query, a lane chunks `lane` and `lane + 32` of its latent; the first eight lanes its rotary part.
 template <bool FP8> __device__ void load_queries(const Arguments& a, Shared& shared, int row, int first_query) {
     const int lane = threadIdx.x % 32;
-    for (int m = threadIdx.x / 32; m < kQueries; m += blockDim.x / 32) {
+#pragma unroll 4
+    for (int m = threadIdx.x / 32; m < kQueries; m += 8) {
         const __nv_bfloat16* latent = query_at(a, row, first_query + m, false);
         const __nv_bfloat16* rope = query_at(a, row, first_query + m, true);
         uint4 chunk[3];
@@ -69,19 +70,43 @@ template <bool FP8> __device__ void load_queries(const Arguments& a, Shared& sha
     fence_async();
 }
 
-// One thread: the tiles of a split, into the two buffers in turn.
+#ifdef MLA_TRACE
+__device__ unsigned long long trace[2][8];
+#define MLA_START unsigned spent[8] = {}, then = clock();
+#define MLA_SPENT(k) { const unsigned now = clock(); spent[k] += now - then, then = now; }
+#else
+#define MLA_START
+#define MLA_SPENT(k)
+#endif
+#ifndef MLA_AHEAD
+#define MLA_AHEAD 2
+#endif
+
+// One thread: the tiles of a split, into the two buffers in turn. In a PAIR each CTA loads every other box for both.
+template <bool PAIR>
 __device__ void load_keys(const Arguments& a, Shared& shared, const CUtensorMap* map, const Span& span, int row) {
+    const int rank = PAIR ? cluster_rank() : 0;
     for (int i = 0; i < span.tiles(); i++) {
         const int owner = i & 1, use = i >> 1;
         const int at = int(tile_row(a, row, span.low + i));
+        if (MLA_AHEAD && (!PAIR || (i & 1) == rank) && i + MLA_AHEAD < span.tiles())  // so that the loads meet the L2's latency alone
+            fetch_bytes(static_cast<const __nv_bfloat16*>(a.cache) + tile_row(a, row, span.low + i + MLA_AHEAD) * (kRank + kRope),
+                        kPage * (kRank + kRope) * 2);
         for (int j = 0; j < kTiles; j++) {
             if (j % 4 == 0 && j < 8) barrier_wait(shared_address(&shared.empty[owner][j / 4]), (use & 1) ^ 1);
             const int tile = tile_at(owner, j);
             const uint32_t full = shared_address(&shared.full[owner][tile]);
             barrier_expect(full, kTileBytes);
-            load_box(shared_address(shared.key[owner][tile]), map, tile * 64, at, full);
+            if (!PAIR || (j & 1) == rank) load_box<PAIR>(shared_address(shared.key[owner][tile]), map, tile * 64, at, full);
         }
     }
+}
+
+// A warp has read a part of a buffer for the last time.
+template <bool PAIR> __device__ __forceinline__ void release(uint64_t& empty) {
+    const int lane = threadIdx.x % 32;
+    if (PAIR && lane < 2) barrier_arrive_at(shared_address(&empty), lane);
+    if (!PAIR && lane == 0) barrier_arrive(shared_address(&empty));
 }
 
 // Sixteen codes times `ratio`, as two chunks of fp16.
@@ -137,7 +162,7 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
     for (int i = 0; i < n; i++) {
         const int owner = i & 1;
         float inverse[2];
-        float4 ratio[2];
+        __half2 ratio[2][2];  // of a row, two by two
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float4 s = reinterpret_cast<const float4&>(scale[r]);
@@ -145,7 +170,8 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
             uint32_t bits = __float_as_uint(largest) & 0x7F800000;
             bits = bits == 0 ? 0x3F800000 : max(bits, uint32_t(127 - 100) << 23);
             inverse[r] = __uint_as_float(0x7F000000 - bits);
-            ratio[r] = make_float4(s.x * inverse[r], s.y * inverse[r], s.z * inverse[r], s.w * inverse[r]);
+            ratio[r][0] = __floats2half2_rn(s.x * inverse[r], s.y * inverse[r]);
+            ratio[r][1] = __floats2half2_rn(s.z * inverse[r], s.w * inverse[r]);
         }
 #pragma unroll
         for (int part = 0; part < 2; part++) {
@@ -164,8 +190,9 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
                 const int tile = 4 * half + u;
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    const float factor = half ? (u < 2 ? ratio[r].z : ratio[r].w) : (u < 2 ? ratio[r].x : ratio[r].y);
-                    store_codes(shared.key[owner][tile], key[r], 2 * q, codes[u][r], __float2half2_rn(factor));
+                    const __half2 two = half ? ratio[r][1] : ratio[r][0];
+                    const __half2 factor = u < 2 ? __low2half2(two) : __high2half2(two);
+                    store_codes(shared.key[owner][tile], key[r], 2 * q, codes[u][r], factor);
                 }
                 if (part == 0) {
                     load(half ^ 1, u);
@@ -214,7 +241,7 @@ __device__ __forceinline__ void refer(float (&sum)[128], float (&total)[2], floa
 
 // Threads of group `me`: lane (g, t) of warp w has queries 16 w + g and 8 more of each product's rows, and columns
 // 8 j + 2 t and the next.
-template <bool FP8>
+template <bool FP8, bool PAIR>
 __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int me, int row, int split, int first_query) {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, t = lane % 4;
     const int m[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
@@ -230,6 +257,7 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
 
     const int other = me ^ 1;
     const float scale[2] = {FP8 ? a.scale * shared.unit[m[0]] : 0.0f, FP8 ? a.scale * shared.unit[m[1]] : 0.0f};
+    MLA_START
     for (int i = me;; i += 2) {
         const bool mine = i < n, theirs = i > 0 && i - 1 < n;
         float score[32];
@@ -238,7 +266,9 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
 #pragma unroll
             for (int j = 0; j < kTiles; j++) {
                 const int tile = tile_at(me, j);
+                MLA_SPENT(0)
                 barrier_wait(shared_address(&shared.full[me][tile]), i >> 1 & 1);
+                MLA_SPENT(1)
                 const uint64_t query = along_rows(shared_address(shared.query[tile]));
                 const uint64_t key = along_rows(shared_address(shared.key[me][tile]));
 #pragma unroll
@@ -251,9 +281,11 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
             }
             products_commit();
             products_wait<0>(score);
+            MLA_SPENT(2)
         }
         if (theirs) {
             named_sync(1 + other, 256);  // the other tile's weights are there, and all of mine has been multiplied
+            MLA_SPENT(3)
             refer(sum, total, reference, shared.reference[other][m[0]], shared.reference[other][m[1]]);
             products_begin();
             const uint64_t weight = along_rows(shared_address(shared.key[other][8]));
@@ -329,10 +361,12 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
             fence_async();
             if (!FP8 && ragged) named_sync(3 + me, 128);
             named_arrive(1 + me, 256);
+            MLA_SPENT(4)
         }
         if (theirs) {
             products_wait<0>(sum);
-            if (lane == 0) barrier_arrive(shared_address(&shared.empty[other][1]));
+            MLA_SPENT(5)
+            release<PAIR>(shared.empty[other][1]);
         }
         if (!mine) break;
         refer(sum, total, reference, to[0], to[1]);
@@ -343,9 +377,15 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
         for (int k = 0; k < 4; k++) value_product<FP8>(sum, weight + 4 * k, value + 128 * k);
         products_commit();
         products_wait<0>(sum);
-        if (lane == 0) barrier_arrive(shared_address(&shared.empty[me][0]));
+        MLA_SPENT(6)
+        release<PAIR>(shared.empty[me][0]);
     }
+#ifdef MLA_TRACE
+    if (thread == 0 && blockIdx.x + blockIdx.y + blockIdx.z == 0)
+        for (int k = 0; k < 7; k++) trace[me][k] = spent[k];
+#endif
 
+    dependents_may_start();
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         total[r] += __shfl_xor_sync(0xFFFFFFFF, total[r], 1);
@@ -378,34 +418,40 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
     }
 }
 
-template <bool FP8>
+template <bool FP8, bool PAIR>
 __global__ void __launch_bounds__(384, 1)
     decode_64(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map) {
     extern __shared__ __align__(1024) uint8_t memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const int first_query = blockIdx.x * kQueries, row = blockIdx.y, split = blockIdx.z;
-    const Span span(a, row, split, first_query, min(first_query + kQueries, a.tokens * a.heads) - 1);
-    if (threadIdx.x == 0) {
+    const int first_query = blockIdx.x * kQueries, row = blockIdx.y, split = blockIdx.z, queries = a.tokens * a.heads;
+    const int first = PAIR ? first_query & ~(2 * kQueries - 1) : first_query;  // a pair loads what either wants
+    const Span span(a, row, split, first, min(first + (PAIR ? 2 : 1) * kQueries, queries) - 1);
+    const int group = __shfl_sync(0xFFFFFFFF, int(threadIdx.x / 128), 0);  // the compiler sees that warps do not part
+    if (threadIdx.x == 256) {
         for (int buffer = 0; buffer < 2; buffer++) {
             for (int i = 0; i < kTiles; i++) barrier_init(shared_address(&shared.full[buffer][i]), FP8 ? 4 : 1);
-            for (int i = 0; i < 2; i++) barrier_init(shared_address(&shared.empty[buffer][i]), 4);
+            for (int i = 0; i < 2; i++) barrier_init(shared_address(&shared.empty[buffer][i]), PAIR ? 8 : 4);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    load_queries<FP8>(a, shared, row, first_query);
-    __syncthreads();
-    const int group = __shfl_sync(0xFFFFFFFF, int(threadIdx.x / 128), 0);  // the compiler sees that warps do not part
+    if constexpr (PAIR) cluster_sync();
     if (group == 2) {
-        registers_shrink<FP8 ? 96 : 24>();
+        // Of 168 x 384 registers that the launch has, three groups' shares may not exceed the sum.
+        registers_shrink<FP8 ? 88 : 24>();
+        named_arrive(6, 384);
         if constexpr (FP8) {
+            named_sync(7, 128);
             convert_keys(a, shared, span, row);
         } else {
-            if (threadIdx.x == 256) load_keys(a, shared, &map, span, row);
+            if (threadIdx.x == 256) load_keys<PAIR>(a, shared, &map, span, row);
         }
     } else {
         registers_grow<FP8 ? 208 : 240>();
-        attend<FP8>(a, shared, span, group, row, split, first_query);
+        load_queries<FP8>(a, shared, row, first_query);
+        named_sync(6, 384);
+        attend<FP8, PAIR>(a, shared, span, group, row, split, first_query);
     }
+    if constexpr (PAIR) cluster_sync();  // nobody goes while the other may still write to it
 }
 
 }  // namespace mla

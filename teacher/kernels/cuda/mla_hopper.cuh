@@ -35,6 +35,23 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
         "over:\n}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// At the barrier that lies there in CTA `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+__device__ __forceinline__ int cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+}
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // The CTA's numbered barriers: among `threads` of which some only say that they have come by.
 __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -53,13 +70,28 @@ template <int N> __device__ __forceinline__ void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// A box of the tensor map at (column, row), swizzled as the map says; its bytes are counted by the barrier.
+// A box of the tensor map at (column, row), swizzled as the map says; its bytes are counted by the barrier. For BOTH
+// blocks of a cluster of two it comes to the same place in each, and each one's barrier counts it.
+template <bool BOTH>
 __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            to),
-        "l"(map), "r"(column), "r"(row), "r"(barrier)
-        : "memory");
+    constexpr uint64_t once = 0x12F0000000000000;  // the L2 may drop it first
+    if constexpr (BOTH) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+            ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+            "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t(3)), "l"(once)
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+            " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+            "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(once)
+            : "memory");
+    }
+}
+// `bytes` of memory to the L2.
+__device__ __forceinline__ void fetch_bytes(const void* from, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 // `bytes` of memory as they lie.
 __device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
@@ -67,6 +99,11 @@ __device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int by
                  "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 }
+
+// The launch that comes next in the stream (and says so) may take the place of CTAs that end, and waits for all of this
+// one's writes.
+__device__ __forceinline__ void dependents_may_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Tiles of 64 rows x 64 values of 2 bytes lie as 64 rows of 128 bytes whose 16-byte chunks are exchanged by the row.
 constexpr int kTileBytes = 64 * 128;
