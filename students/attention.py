@@ -3,7 +3,8 @@
 A packed batch is one row [1, N] of examples laid end to end. Examples cannot see each other because each is its own
 sequence to the kernel, not because a mask says so:
 
-    GPU    torch's variable-length flash attention, told where each example begins
+    GPU    cuDNN's ragged attention (students.attention_cudnn) where it is installed, on Hopper and later; else torch's
+           variable-length flash attention, told alike where each example begins
     CPU    the row is folded into [examples, longest] for this one operation, so that linear layers, norms and the loss
            still see no padding at all
 
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from students import attention_cudnn
 
 NAME = "students"
 # torch 2.11 takes grouped heads without being asked; later versions want to be told.
@@ -95,6 +98,9 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, boundaries: Tensor, longest: int
 ) -> Tensor:
     q_NHD, k_NKD, v_NKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    if attention_cudnn.serves(query, value):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention_cudnn.packed_attention(q_NHD, k_NKD, v_NKD, boundaries, longest, scale)[None]
     out_NHD: Any = varlen_attn(
         q_NHD, k_NKD, v_NKD, boundaries, boundaries, longest, longest, scale=scaling, window_size=(-1, 0), **GROUPED
     )

@@ -31,48 +31,74 @@ def boundaries(lengths: list[int], pad_to: int = 0) -> Tensor:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    from students.attention import _varlen
+    from torch.nn.attention.varlen import varlen_attn
 
-    out = _varlen(*(x.transpose(0, 1)[None] for x in (q, k, v)), None, boundaries(lengths), max(lengths))
-    return out[0]
+    from students.attention import GROUPED
+
+    ends, longest = boundaries(lengths), max(lengths)
+    out: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **GROUPED)
+    return out
 
 
-class _Cudnn(torch.autograd.Function):
-    """torch's own cuDNN operators, told where each example begins."""
+def cudnn_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    from students.attention_cudnn import packed_attention
+
+    return packed_attention(q, k, v, boundaries(lengths), max(lengths), q.shape[-1] ** -0.5)
+
+
+def cudnn_ragged_wide(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """With a plan for more and longer examples than there are: what does it cost?"""
+    from students.attention_cudnn import packed_attention
+
+    return packed_attention(q, k, v, boundaries(lengths, 32), len(q), q.shape[-1] ** -0.5)
+
+
+class _CudnnEach(torch.autograd.Function):
+    """torch's cuDNN kernels, an example at a time, lengths rounded up so that plans are few.
+
+    What an example sees of its follower lies in its future, so it does not matter; its gradient is cut off.
+    """
+
+    STEP = 512
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-        found = torch.ops.aten._cudnn_attention_forward(
-            q, k, v, None, ends, ends, longest, longest, True, 0.0, True, False, scale=q.shape[-1] ** -0.5
-        )
-        out, lse, seed, offset = found[0], found[1], found[6], found[7]
-        ctx.save_for_backward(q, k, v, out, lse, ends, seed, offset)
-        ctx.longest = longest
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        ctx.lengths, ctx.parts, out, start = lengths, [], torch.empty_like(q), 0
+        for n in lengths:
+            views = [_CudnnEach.view(x, start, n) for x in (q, k, v)]
+            found = torch.ops.aten._scaled_dot_product_cudnn_attention(*views, None, True, 0.0, True, False, scale=None)
+            out[start : start + n] = found[0][0, :, :n].transpose(0, 1)
+            ctx.parts.append((*views, found[0], found[1], found[6], found[7]))
+            start += n
         return out
 
     @staticmethod
+    def view(x: Tensor, start: int, n: int) -> Tensor:
+        """[1,H,L,D] with L >= n, dense in [L,H,D]."""
+        length = -(-n // _CudnnEach.STEP) * _CudnnEach.STEP
+        part = x[start : start + length]
+        if len(part) < length:
+            part = F.pad(part, (0, 0, 0, 0, 0, length - len(part)))
+        _, heads, size = x.shape
+        return part.as_strided((1, heads, length, size), (length * heads * size, size, heads * size, 1))
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, lse, ends, seed, offset = ctx.saved_tensors
-        n = ctx.longest
-        grads = torch.ops.aten._cudnn_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, seed, offset, None, ends, ends, n, n, 0.0, True,
-            scale=q.shape[-1] ** -0.5,
-        )  # fmt: skip
-        return (*grads, None, None)
+        found: list[list[Tensor]] = []
+        start = 0
+        for n, (q, k, v, out, lse, seed, offset) in zip(ctx.lengths, ctx.parts, strict=True):
+            length = q.shape[2]
+            part = F.pad(grad[start : start + n], (0, 0, 0, 0, 0, length - n)).transpose(0, 1)[None]
+            grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                part, q, k, v, out, lse, seed, offset, None, None, None, length, length, 0.0, True, scale=None
+            )
+            found.append([g[0, :, :n].transpose(0, 1) for g in grads])
+            start += n
+        return (*(torch.cat(parts) for parts in zip(*found, strict=True)), None)
 
 
-def cudnn_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    return _Cudnn.apply(q, k, v, boundaries(lengths), max(lengths))
-
-
-def cudnn_packed_rounded(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Numbers that recur: a plan of cuDNN's serves for all rows of as many examples and as long a longest one."""
-    return _Cudnn.apply(q, k, v, boundaries(lengths, -(-len(lengths) // 16) * 16), -(-max(lengths) // 4096) * 4096)
-
-
-def cudnn_packed_expanded(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return _Cudnn.apply(q, k, v, boundaries(lengths), max(lengths))
+def cudnn_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    return _CudnnEach.apply(q, k, v, lengths)
 
 
 def each(backend: SDPBackend) -> Attend:
@@ -102,19 +128,9 @@ def flex(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return _FLEX["attend"](q, k, v, block_mask=_FLEX["mask"], enable_gqa=True)[0].transpose(0, 1)
 
 
-def flash4(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    from flash_attn.cute import flash_attn_varlen_func
-
-    ends = boundaries(lengths)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=max(lengths), max_seqlen_k=max(lengths), causal=True
-    )[0]
-
-
 WAYS: dict[str, Attend] = {
-    "varlen (flash 2)": varlen, "cudnn packed": cudnn_packed, "cudnn packed, rounded": cudnn_packed_rounded,
-    "cudnn packed, expanded": cudnn_packed_expanded, "cudnn each": each(SDPBackend.CUDNN_ATTENTION), "flex": flex,
-    "flash 4": flash4,
+    "flash 2 (torch)": varlen, "cudnn ragged": cudnn_ragged, "cudnn ragged, wide": cudnn_ragged_wide,
+    "cudnn each": cudnn_each, "cudnn each, exact": each(SDPBackend.CUDNN_ATTENTION), "flex": flex,
 }  # fmt: skip
 
 
@@ -145,14 +161,15 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--row", type=int, default=3, help="number of the row of examples")
     parser.add_argument("--only", nargs="*", default=list(WAYS))
     args = parser.parse_args()
-    lengths = lengths_of(args.tokens, 3)
+    lengths = lengths_of(args.tokens, args.row)
     torch.manual_seed(0)
     shapes = [(args.tokens, heads, args.size) for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)]
     *qkv32, grad32 = (torch.randn(shape, device="cuda") for shape in shapes)
     expected = run(truth, tuple(qkv32), grad32, lengths)
-    qkv, grad = tuple(x.bfloat16() for x in qkv32), grad32.bfloat16()
+    qkv, grad = tuple(x.bfloat16().requires_grad_() for x in qkv32), grad32.bfloat16()
     flop = 2 * args.heads * args.size * sum(n * n for n in lengths)  # the two products of the forward pass, causal
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}; "
           f"{len(lengths)} examples of up to {max(lengths)} tokens")  # fmt: skip
@@ -164,9 +181,9 @@ def main() -> None:
             torch.cuda.synchronize()
             first = time.perf_counter() - began
             errors = [float((f.float() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)]
-            with torch.no_grad():
-                forward = timed(attend, *qkv, lengths)
+            run(attend, qkv, grad, lengths)
             both = timed(run, attend, qkv, grad, lengths)
+            forward = timed(attend, *qkv, lengths)
         except Exception as error:  # one kernel that is not there must not cost the others
             print(f"{name:<24} {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue

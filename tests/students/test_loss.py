@@ -80,6 +80,26 @@ def test_adapters_get_their_gradients_and_the_frozen_head_none(qwen: Path, reque
         assert (found[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
+def test_parallel_replicas_get_the_gradients_too(qwen: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """DistributedDataParallel counts every parameter's gradient once: the head's comes from outside its forward."""
+    expected = gradients(opened(qwen), qwen)[1]
+    request.getfixturevalue("chunked")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(opened(qwen))
+        one, two = batches(qwen)
+        for _ in range(2):  # a second step fails if the first left a gradient waiting
+            model.zero_grad()
+            with model.no_sync():
+                (summed_loss(model, one, "float32") / 3).backward()
+            (summed_loss(model, two, "float32") / 3).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, gradient in expected.items():
+        found = model.module.get_parameter(name).grad
+        assert found is not None and (found - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
 def test_without_gradients_the_loss_is_the_same(qwen: Path, chunked: None) -> None:
     model = opened(qwen)
     batch = batches(qwen)[0]
