@@ -31,8 +31,16 @@ class CacheView(NamedTuple):
     bias_BTS: Tensor  # 0 where a new token sees a position, else -inf
 
 
+class FreshView(NamedTuple):
+    """The same for sequences of which nothing was cached before, on a GPU: causal among the new tokens, whose own
+    latents are all the context. Padding is on the right, where causal attention does not see it."""
+
+    cache_PW: Tensor
+    write_BT: Tensor
+
+
 class PagedView(NamedTuple):
-    """The same for the decoding kernel, which finds pages and bounds by itself; for absorbed attention alone."""
+    """The places for the decoding kernel, which finds pages and bounds by itself; for absorbed attention alone."""
 
     cache_PGW: Tensor
     write_BT: Tensor
@@ -41,7 +49,7 @@ class PagedView(NamedTuple):
     first_B: Tensor | None  # the first position that a sequence sees, if not 0
 
 
-View: TypeAlias = CacheView | PagedView
+View: TypeAlias = CacheView | FreshView | PagedView
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -121,8 +129,11 @@ class MultiHeadLatentAttention(nn.Module):
             assert absorbed
             return self._decode(q_nope_BTHN, q_rope_BTHD, latent_BTC, view)
         fp8 = view.cache_PW.dtype == torch.uint8
-        view.cache_PW[view.write_BT] = pack(latent_BTC, rank) if fp8 else latent_BTC
-        context_BSC = view.cache_PW[view.read_BS]
+        rows_BTW = pack(latent_BTC, rank) if fp8 else latent_BTC
+        view.cache_PW[view.write_BT] = rows_BTW
+        fresh = isinstance(view, FreshView)
+        assert not (fresh and absorbed)
+        context_BSC = rows_BTW if isinstance(view, FreshView) else view.cache_PW[view.read_BS]
         if fp8:
             context_BSC = unpack(context_BSC, rank, config.qk_rope_head_dim, x_BTH.dtype)
         if not absorbed:
@@ -134,10 +145,12 @@ class MultiHeadLatentAttention(nn.Module):
             k_rope_BSHD = context_BSC[..., rank:].unsqueeze(2).expand(-1, -1, heads, -1)
             q_BHTK = torch.cat((q_nope_BTHN, q_rope_BTHD), dim=-1).transpose(1, 2)
             k_BHSK = torch.cat((k_nope_BSHN, k_rope_BSHD), dim=-1).transpose(1, 2)
+            mask_B1TS = None if isinstance(view, FreshView) else view.bias_BTS.unsqueeze(1)
             out_BHTV = F.scaled_dot_product_attention(
-                q_BHTK, k_BHSK, v_BSHV.transpose(1, 2), attn_mask=view.bias_BTS.unsqueeze(1), scale=self.scale
+                q_BHTK, k_BHSK, v_BSHV.transpose(1, 2), attn_mask=mask_B1TS, is_causal=fresh, scale=self.scale
             )
             return self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
+        assert isinstance(view, CacheView)
         up_k_HNR, up_v_HVR = self._up()
         q_latent_BTHR = torch.einsum("bthn,hnr->bthr", q_nope_BTHN, up_k_HNR)
         q_BQC = torch.cat((q_latent_BTHR, q_rope_BTHD), dim=-1).flatten(1, 2)  # Q = T * H: one key head serves all

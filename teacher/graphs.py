@@ -36,16 +36,17 @@ class GraphRunner(TorchRunner):
         # One for all recordings: they run one after the other, and what one leaves is copied before the next.
         self._memory = torch.cuda.graph_pool_handle()
 
-    def extend(self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor) -> Tensor:
+    def extend(self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor, fresh: bool = False) -> Tensor:
         if tokens_BT.shape[1] > _MOST_NEW:
-            return super().extend(tokens_BT, position_BT, table_BP)
+            return super().extend(tokens_BT, position_BT, table_BP, fresh)
         return self._replay("main", super().extend, tokens_BT, position_BT, table_BP)
 
     def extend_draft(
-        self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor, hidden_BTH: Tensor, first_B1: Tensor
-    ) -> Tensor:
+        self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor, hidden_BTH: Tensor, first_B1: Tensor,
+        fresh: bool = False,
+    ) -> Tensor:  # fmt: skip
         if tokens_BT.shape[1] > _MOST_NEW:
-            return super().extend_draft(tokens_BT, position_BT, table_BP, hidden_BTH, first_B1)
+            return super().extend_draft(tokens_BT, position_BT, table_BP, hidden_BTH, first_B1, fresh)
         return self._replay("draft", super().extend_draft, tokens_BT, position_BT, table_BP, hidden_BTH, first_B1)
 
     @torch.inference_mode()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher.attention import CacheView, PagedView, View
+from teacher.attention import CacheView, FreshView, PagedView, View
 from teacher.cache import LatentCache
 from teacher.config import DeepseekV3Config
 from teacher.fused import FusedModel, fused_obstacle
@@ -58,7 +58,7 @@ class TorchRunner:
     def forward(self, batch: Batch, wanted_M: np.ndarray) -> tuple[Tensor, Tensor]:
         """Logits (M, V) of the tokens `wanted_M` (indices into N), and the hidden states (N, H) of all."""
         rows = _Rows(batch, self.cache.page_size, self.device)
-        hidden_NH = rows.flat(self.extend(rows.tokens_BT, rows.position_BT, rows.table_BP))
+        hidden_NH = rows.flat(self.extend(rows.tokens_BT, rows.position_BT, rows.table_BP, rows.fresh))
         return self.model.lm_head(hidden_NH[_index(wanted_M, self.device)]), hidden_NH
 
     @torch.inference_mode()
@@ -72,29 +72,33 @@ class TorchRunner:
         """
         rows = _Rows(batch, self.cache.page_size, self.device)
         hidden_BTH, first_B1 = rows.pad(hidden_NH), _index(first_B, self.device).unsqueeze(1)
-        out_NH = rows.flat(self.extend_draft(rows.tokens_BT, rows.position_BT, rows.table_BP, hidden_BTH, first_B1))
+        fresh = rows.fresh and not first_B.any()
+        given = rows.tokens_BT, rows.position_BT, rows.table_BP, hidden_BTH, first_B1
+        out_NH = rows.flat(self.extend_draft(*given, fresh=fresh))
         wanted_MH = out_NH[_index(wanted_M, self.device)]
         return self.model.lm_head(self.model.mtp_layers[0].shared_head.norm(wanted_MH)), out_NH
 
-    def extend(self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor) -> Tensor:
-        """Hidden states (B, T, H) of new tokens; positions of padding are -1."""
-        views, absorbed = self._views(slice(self.model.config.num_hidden_layers), position_BT, table_BP, None)
+    def extend(self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor, fresh: bool = False) -> Tensor:
+        """Hidden states (B, T, H) of new tokens; positions of padding are -1. `fresh`: nothing is before them."""
+        layers = slice(self.model.config.num_hidden_layers)
+        views, absorbed = self._views(layers, position_BT, table_BP, None, fresh)
         if self._fused is not None and isinstance(views[0], PagedView):
             return self._fused.extend(tokens_BT, position_BT.clamp_min(0), cast(Sequence[PagedView], views))
         return self.model.extend(tokens_BT, position_BT.clamp_min(0), views, absorbed)
 
     def extend_draft(
-        self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor, hidden_BTH: Tensor, first_B1: Tensor
-    ) -> Tensor:
+        self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor, hidden_BTH: Tensor, first_B1: Tensor,
+        fresh: bool = False,
+    ) -> Tensor:  # fmt: skip
         """The draft module's output (B, T, H)."""
         last = self.model.config.num_hidden_layers
-        (view,), absorbed = self._views(slice(last, last + 1), position_BT, table_BP, first_B1)
+        (view,), absorbed = self._views(slice(last, last + 1), position_BT, table_BP, first_B1, fresh)
         if self._fused is not None and isinstance(view, PagedView):
             return self._fused.draft(hidden_BTH, tokens_BT, position_BT.clamp_min(0), view)
         return self.model.draft(hidden_BTH, tokens_BT, position_BT.clamp_min(0), view, absorbed)
 
     def _views(
-        self, layers: slice, position_BT: Tensor, table_BP: Tensor, first_B1: Tensor | None
+        self, layers: slice, position_BT: Tensor, table_BP: Tensor, first_B1: Tensor | None, fresh: bool = False
     ) -> tuple[Sequence[View], bool]:
         """What attention is told of these layers' caches, and whether it is to run in the absorbed form."""
         layers_LPGW = self.cache.latents_LPGC[layers]
@@ -104,6 +108,8 @@ class TorchRunner:
         if self._kernels and absorbed:
             first_B = None if first_B1 is None else first_B1.squeeze(1)
             return [PagedView(layer, write_BT, table_BP, position_BT, first_B) for layer in layers_LPGW], True
+        if fresh and not absorbed and self.device.type == "cuda":
+            return [FreshView(layer.flatten(0, 1), write_BT) for layer in layers_LPGW], False
         read_BS, bias_BTS = _context(position_BT, table_BP, first_B1, page_size, self.model.lm_head.weight.dtype)
         return [CacheView(layer.flatten(0, 1), write_BT, read_BS, bias_BTS) for layer in layers_LPGW], absorbed
 
@@ -145,6 +151,7 @@ class _Rows:
         real_BT = np.arange(longest) < batch.count_B[:, None]
         self._full = bool(real_BT.all())
         self._row_N, self._column_N = np.nonzero(real_BT)
+        self.fresh = not batch.position_N[batch.last_B + 1 - batch.count_B].any()  # all begin at position 0
         tokens_BT = np.zeros(real_BT.shape, dtype=np.int64)
         position_BT = np.full(real_BT.shape, -1, dtype=np.int64)
         tokens_BT[real_BT], position_BT[real_BT] = batch.tokens_N, batch.position_N

@@ -114,7 +114,7 @@ class Layers:
         position_BT = torch.arange(context - new, context, device=self.device).repeat(rows, 1)
         pages = -(-context // PAGE)
         table_BP = 1 + torch.arange(rows * pages, dtype=torch.int32, device=self.device).view(rows, pages)
-        views, absorbed = self.runner._views(slice(0, 2), position_BT, table_BP, None)
+        views, absorbed = self.runner._views(slice(0, 2), position_BT, table_BP, None, new == context)
         return x_BTH, self.model.cos_TD[position_BT], self.model.sin_TD[position_BT], views, absorbed
 
     def floors(self, rows: int, new: int, context: int, visited: float) -> dict[str, tuple[float, float, float]]:
@@ -187,6 +187,10 @@ def measure(layers: Layers, bench: Any, ceilings: Ceilings, rows: int, new: int,
         in_fp8 = one.joint.fp8 is not None
         normed = add_rms_norm(x_NH, None, weight, 1e-6, in_fp8)
         if layers.device.type == "cuda":
+            plain_NH = (sparse.extend(x, cos, sin, views[1], absorbed) - x).flatten(0, 1).float()
+            sum_NH, more_SNH = one.extend(x_NH, None, step, views[1])
+            error_NH = sum_NH.float() + more_SNH.float().sum(0) - x_NH.float() - plain_NH
+            found["fused_error"] = round(float(error_NH.abs().mean() / plain_NH.abs().mean()), 5)
             time_of("moe layer, not fused", lambda: sparse.extend(x, cos, sin, views[1], absorbed))
         time_of("moe layer", lambda: one.extend(x_NH, parts_SNH, step, views[1]))
         time_of("dense layer", lambda: fused.layers[0].extend(x_NH, parts_SNH, step, views[0]))
@@ -268,7 +272,7 @@ def line(found: dict[str, Any]) -> str:
     what = f"{found['rows']:>3} x {found['new']:<5} at {found['context']:<5}"
     said = f" | 8 GPUs: {ahead.get('step_ms')} ms, {ahead.get('tokens_per_second')} tokens/s"
     if "moe layer, not fused" in found["us"]:
-        said += f" (not fused: {found['us']['moe layer, not fused']})"
+        said += f" (not fused: {found['us']['moe layer, not fused']}, apart by {found['fused_error']})"
     return what + "".join(cell(name) for name in ("moe layer", "dense layer", *PARTS)) + said
 
 

@@ -37,7 +37,7 @@ def test_a_checkpoints_bytes_are_kept(tmp_path, shared):
     model = load_model(tmp_path, weights="fp8")
     layer = model.model.layers[1]
     for name, linear in layer.self_attn.named_children():
-        if name.endswith("_proj") or name.endswith("mqa"):
+        if name.endswith(("_proj", "mqa")):
             weight = stored[f"model.layers.1.self_attn.{name}.weight"]
             if name == "kv_b_proj":
                 assert linear.weight.dtype == torch.bfloat16

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from teacher import load_model
+from teacher.attention import FreshView
 from teacher.cache import LatentCache
 from teacher.native.build import build, sgemm
 from teacher.native.pack import Packed, sizes
@@ -173,3 +174,25 @@ def test_large_or_half_precision_models_run_in_torch():
     half = load_model(deepseek_config(), dtype="bfloat16")
     cache = LatentCache(half.config, half.config.num_hidden_layers, 4, 4, torch.bfloat16, "cpu")
     assert native_runners(half, cache, 1) is None
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.uint8])
+@torch.inference_mode()
+def test_prompts_without_a_past_attend_as_over_the_cache(cache_dtype):
+    """FreshView, which a GPU's prefill takes, against CacheView: the same outputs and the same cache."""
+    torch.manual_seed(0)
+    model = load_model(deepseek_config())
+    attention = model.main_layers[0].self_attn
+    x_BTH, position_BT = torch.randn(2, 7, 32), torch.arange(7).repeat(2, 1)
+    position_BT[1, 5:] = -1
+    table_BP = torch.arange(1, 5, dtype=torch.int32).view(2, 2)
+    turn, found = (model.cos_TD[position_BT.clamp_min(0)], model.sin_TD[position_BT.clamp_min(0)]), []
+    for fresh in (False, True):
+        cache = LatentCache(model.config, 3, 4, 4, cache_dtype, "cpu")
+        (view, *_), absorbed = TorchRunner(model, cache)._views(slice(3), position_BT, table_BP, None)
+        assert not absorbed
+        if fresh:
+            view = FreshView(view.cache_PW, view.write_BT)
+        found.append((attention.extend(x_BTH, *turn, view, False)[position_BT >= 0], cache.latents_LPGC[:, 1:].clone()))
+    assert torch.equal(found[0][1], found[1][1]) and found[0][1].any()
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-5 * found[0][0].abs().max()
