@@ -107,6 +107,7 @@ extern "C" int mla_decode_bf16_64(const mla::Arguments* a, cudaStream_t stream) 
 }
 
 extern "C" int mla_decode_fp8_64(const mla::Arguments* a, cudaStream_t stream) {
+    if (MLA_PAIR && paired(*a)) return launch<mla::Shared, mla::kQueries>(mla::decode_64<true, true>, 384, 2, *a, stream, CUtensorMap{});
     return launch<mla::Shared, mla::kQueries>(mla::decode_64<true, false>, 384, 1, *a, stream, CUtensorMap{});
 }
 

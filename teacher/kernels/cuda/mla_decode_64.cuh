@@ -29,7 +29,8 @@ struct Shared {
     uint8_t query[kTiles][kTileBytes];
     uint8_t key[2][kTiles][kTileBytes];
     float reference[2][kQueries], sum[2][kQueries];
-    float unit[kQueries], power[2][kPage], exponent[2][kPage];  // FP8: of queries; of keys, 2^e and e
+    float unit[kQueries];                                        // FP8: of queries
+    alignas(16) float token[2][kPage / 8][2][8];                 // of keys, eight by eight: 2^e and e
     uint64_t full[2][kTiles], empty[2][2];  // of a buffer: its tiles; its owner's half, and the other half with the rope
 };
 
@@ -123,48 +124,69 @@ __device__ __forceinline__ void store_codes(uint8_t* tile, int row, int chunk, c
     *reinterpret_cast<uint4*>(tile + swizzled(row, chunk + 1)) = {value[4], value[5], value[6], value[7]};
 }
 
-// A warp group: FP8 rows on their way to the buffers, a half of the columns ahead in registers. Lane (r, q) of a warp has
-// rows 16 w + r and 8 more, and of each tile of 64 columns 16.
-__device__ void convert_keys(const Arguments& a, Shared& shared, const Span& span, int row) {
-    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
+// A warp group: FP8 rows on their way to the buffers, some tiles of 64 columns ahead in registers. Lane (r, q) of a warp
+// has rows 16 w + r and 8 more, and of each tile 16 columns. In a PAIR each CTA converts half of the rows, a row a lane,
+// and copies them into the other's shared memory.
+template <bool PAIR> __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& span, int row) {
+    constexpr int ROWS = PAIR ? 1 : 2, AHEAD = PAIR ? 8 : 4;
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4, rank = PAIR ? cluster_rank() : 0;
     const int n = __shfl_sync(0xFFFFFFFF, span.tiles(), 0);
     if (n == 0) return;
-    const int key[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
-    const uint4 none = {0, 0, 0, 0};
-    uint4 codes[4][2], rope[2][2], scale[2];
+    const int key0 = (PAIR ? 32 * rank + 8 * warp : 16 * warp) + lane / 4;
+    uint4 codes[AHEAD][ROWS], rope[ROWS][2], scale[ROWS];
     const uint8_t* from = nullptr;  // the first row of the tile to be loaded next, and whether somebody sees each
-    bool there[2] = {false, false};
+    bool there[ROWS] = {};
     auto at = [&](int r, int offset) {
-        return there[r] ? *reinterpret_cast<const uint4*>(from + 8 * r * kFp8Row + offset) : none;
+        return there[r] ? *reinterpret_cast<const uint4*>(from + 8 * r * kFp8Row + offset) : uint4{0, 0, 0, 0};
     };
+    int next = int(tile_row(a, row, span.low));  // where the tile to be found next lies
     auto find = [&](int i) {
-        from = static_cast<const uint8_t*>(a.cache) + (tile_row(a, row, span.low + i) + key[0]) * kFp8Row;
+        from = static_cast<const uint8_t*>(a.cache) + int64_t(next + key0) * kFp8Row;
 #pragma unroll
-        for (int r = 0; r < 2; r++) there[r] = span.seen((span.low + i) * kPage + key[r]);
-        if (i + 1 < n && threadIdx.x % 128 == 0) {
-            const uint8_t* next = static_cast<const uint8_t*>(a.cache) + tile_row(a, row, span.low + i + 1) * kFp8Row;
-            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(next), "n"(kPage * kFp8Row) : "memory");
-        }
+        for (int r = 0; r < ROWS; r++) there[r] = span.seen((span.low + i) * kPage + key0 + 8 * r);
+        if (i + 1 == n) return;
+        next = int(tile_row(a, row, span.low + i + 1));
+        if (threadIdx.x % 128 == 0 && (!PAIR || (i & 1) == rank))
+            fetch_bytes(static_cast<const uint8_t*>(a.cache) + int64_t(next) * kFp8Row, kPage * kFp8Row);
     };
-    auto load = [&](int half, int u) {
+    auto load = [&](int half, int u, int to) {
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-            codes[u][r] = at(r, 256 * half + 64 * u + 16 * q);
+        for (int r = 0; r < ROWS; r++) codes[to][r] = at(r, 256 * half + 64 * u + 16 * q);
     };
     auto load_scales = [&]() {
 #pragma unroll
-        for (int r = 0; r < 2; r++) scale[r] = at(r, kRank);
+        for (int r = 0; r < ROWS; r++) scale[r] = at(r, kRank);
+    };
+    auto load_rope = [&]() {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) rope[r][j] = at(r, kRank + 16 + 32 * q + 16 * j);
+    };
+    // A warp's rows of a tile of a buffer are there.
+    auto deliver = [&](int owner, int tile) {
+        fence_async();
+        __syncwarp();
+        if (lane != 0) return;
+        const uint32_t full = shared_address(&shared.full[owner][tile]);
+        if constexpr (PAIR) {
+            barrier_expect(full, tile == 8 ? 1024 + 64 : 1024);  // as much as comes from the other
+            send_bytes(shared_address(shared.key[owner][tile] + key0 * 128), 1024, full, rank ^ 1);
+            if (tile == 8) send_bytes(shared_address(shared.token[owner][key0 / 8]), 64, full, rank ^ 1);
+        } else {
+            barrier_arrive(full);
+        }
     };
     find(0);
     load_scales();
 #pragma unroll
-    for (int u = 0; u < 4; u++) load(0, u);
+    for (int u = 0; u < AHEAD; u++) load(u / 4, u % 4, u);
     for (int i = 0; i < n; i++) {
         const int owner = i & 1;
-        float inverse[2];
-        __half2 ratio[2][2];  // of a row, two by two
+        float inverse[ROWS];
+        __half2 ratio[ROWS][2];  // of a row, two by two
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+        for (int r = 0; r < ROWS; r++) {
             const float4 s = reinterpret_cast<const float4&>(scale[r]);
             const float largest = fmaxf(fmaxf(s.x, s.y), fmaxf(s.z, s.w));
             uint32_t bits = __float_as_uint(largest) & 0x7F800000;
@@ -176,36 +198,30 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
 #pragma unroll
         for (int part = 0; part < 2; part++) {
             const int half = owner ^ part;
-            barrier_wait(shared_address(&shared.empty[owner][part]), (i >> 1 & 1) ^ 1);
-            if (part == 1) {
-#pragma unroll
-                for (int r = 0; r < 2; r++)
-#pragma unroll
-                    for (int j = 0; j < 2; j++)
-                        rope[r][j] = at(r, kRank + 16 + 32 * q + 16 * j);
+            if (part == (PAIR ? 0 : 1)) {
+                load_rope();
                 if (i + 1 < n) find(i + 1);
             }
+            barrier_wait(shared_address(&shared.empty[owner][part]), (i >> 1 & 1) ^ 1);
 #pragma unroll
             for (int u = 0; u < 4; u++) {
-                const int tile = 4 * half + u;
+                const int slot = PAIR ? 4 * part + u : u;
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
+                for (int r = 0; r < ROWS; r++) {
                     const __half2 two = half ? ratio[r][1] : ratio[r][0];
                     const __half2 factor = u < 2 ? __low2half2(two) : __high2half2(two);
-                    store_codes(shared.key[owner][tile], key[r], 2 * q, codes[u][r], factor);
+                    store_codes(shared.key[owner][4 * half + u], key0 + 8 * r, 2 * q, codes[slot][r], factor);
                 }
-                if (part == 0) {
-                    load(half ^ 1, u);
+                if (!PAIR && part == 0) {
+                    load(half ^ 1, u, slot);
                 } else if (i + 1 < n) {
-                    load(owner ^ 1, u);
+                    load(PAIR ? half ^ 1 : owner ^ 1, u, slot);
                 }
-                fence_async();
-                __syncwarp();
-                if (lane == 0) barrier_arrive(shared_address(&shared.full[owner][tile]));
+                deliver(owner, 4 * half + u);
             }
         }
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+        for (int r = 0; r < ROWS; r++) {
             const __nv_bfloat162 factor = __float2bfloat162_rn(inverse[r]);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
@@ -213,17 +229,15 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
                 __nv_bfloat162* two = reinterpret_cast<__nv_bfloat162*>(&chunk);
 #pragma unroll
                 for (int k = 0; k < 4; k++) two[k] = __hmul2(two[k], factor);
-                *reinterpret_cast<uint4*>(shared.key[owner][8] + swizzled(key[r], 2 * q + j)) = chunk;
+                *reinterpret_cast<uint4*>(shared.key[owner][8] + swizzled(key0 + 8 * r, 2 * q + j)) = chunk;
             }
             if (q == 0) {
                 const uint32_t bits = 0x7F000000 - __float_as_uint(inverse[r]);
-                shared.power[owner][key[r]] = __uint_as_float(bits);
-                shared.exponent[owner][key[r]] = float(int(bits >> 23) - 127);
+                shared.token[owner][key0 / 8 + r][0][key0 % 8] = __uint_as_float(bits);
+                shared.token[owner][key0 / 8 + r][1][key0 % 8] = float(int(bits >> 23) - 127);
             }
         }
-        fence_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&shared.full[owner][8]));
+        deliver(owner, 8);
         if (i + 1 < n) load_scales();
     }
 }
@@ -303,8 +317,8 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 if constexpr (FP8) {
-                    const float2 power = *reinterpret_cast<const float2*>(&shared.power[me][8 * j + 2 * t]);
-                    const float2 exponent = *reinterpret_cast<const float2*>(&shared.exponent[me][8 * j + 2 * t]);
+                    const float2 power = *reinterpret_cast<const float2*>(&shared.token[me][j][0][2 * t]);
+                    const float2 exponent = *reinterpret_cast<const float2*>(&shared.token[me][j][1][2 * t]);
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
                         score[4 * j + 2 * r] = fmaf(score[4 * j + 2 * r] * scale[r], power.x, exponent.x);
@@ -334,7 +348,7 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
                 const int r = j % 2;
                 float p[2];
                 if constexpr (FP8) {
-                    const uint2 power = *reinterpret_cast<const uint2*>(&shared.power[me][j / 2 * 8 + 2 * t]);
+                    const uint2 power = *reinterpret_cast<const uint2*>(&shared.token[me][j / 2][0][2 * t]);
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         p[e] = exp2_fast(score[2 * j + e] - to[r]);
@@ -441,7 +455,7 @@ __global__ void __launch_bounds__(384, 1)
         named_arrive(6, 384);
         if constexpr (FP8) {
             named_sync(7, 128);
-            convert_keys(a, shared, span, row);
+            convert_keys<PAIR>(a, shared, span, row);
         } else {
             if (threadIdx.x == 256) load_keys<PAIR>(a, shared, &map, span, row);
         }

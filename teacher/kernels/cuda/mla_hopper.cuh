@@ -89,6 +89,14 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, in
             : "memory");
     }
 }
+// `bytes` of shared memory to the same place in CTA `rank` of the cluster, counted by the barrier at that place there.
+__device__ __forceinline__ void send_bytes(uint32_t from, int bytes, uint32_t barrier, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there, counter;\nmapa.shared::cluster.u32 there, %0, %3;\nmapa.shared::cluster.u32 counter, %2, %3;\n"
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%0], %1, [counter];\n}" ::"r"(from),
+        "r"(bytes), "r"(barrier), "r"(rank)
+        : "memory");
+}
 // `bytes` of memory to the L2.
 __device__ __forceinline__ void fetch_bytes(const void* from, int bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

@@ -26,7 +26,7 @@ def test_no_kernel_spills(tmp_path):
     command = [build.nvcc(), *build._FLAGS, "-Xptxas", "-v", "-o", tmp_path / "library.so", source]
     said = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stderr
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert len(spilled) == 3  # bf16 and FP8 with 64 queries, FP8 with 16
+    assert len(spilled) >= 6
     assert set(spilled) == {("0", "0")}
     assert "serialized" not in said  # ptxas waits for each product where it does not see through the code
 
