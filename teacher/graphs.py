@@ -1,9 +1,10 @@
 """Decoding on a GPU by CUDA graphs: a step of few tokens a sequence is launched as one, not operator by operator.
 
 A graph is recorded for each size of batch and context that comes up, both rounded up to powers of two; what is over is
-padding, which writes to a page that nobody reads. Drawing the tokens is a graph of its own, with all that it needs to
-know in one copy from the host, and one back. Only in bf16: the grouped product of float32 asks the host for its
-sizes, which a graph cannot.
+padding, which writes to a page that nobody reads. It holds the layers and the output layer; what the host has to say
+(tokens, positions, pages) goes in one copy, from pinned memory. Drawing the tokens is a graph of its own, with all that
+it needs to know in one copy from the host, and one back. Only in bf16: the grouped product of float32 asks the host for
+its sizes, which a graph cannot.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from teacher.cache import LatentCache
 from teacher.model import DeepseekV3
-from teacher.runner import TorchRunner
+from teacher.runner import Batch, TorchRunner, _index
 from teacher.sampling import Settings, sample_likely
 from teacher.slots import Slots
 
@@ -31,23 +32,42 @@ class GraphRunner(TorchRunner):
 
     def __init__(self, model: DeepseekV3, cache: LatentCache, kernels: bool = False) -> None:
         super().__init__(model, cache, kernels)
-        self._graphs: dict[tuple[str, int, int, int], _Graph] = {}
+        self._graphs: dict[tuple[bool, int, int, int], _Graph] = {}
         self._draws: dict[int, _Draw] = {}
-        # One for all recordings: they run one after the other, and what one leaves is copied before the next.
-        self._memory = torch.cuda.graph_pool_handle()
+        # Logits and hidden states by kind and tokens of a recording: a draft leaves those of the model alone.
+        self._results: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
+        # One for all recordings: they run one after the other, and what one leaves is read before the next.
+        self._memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
-    def extend(self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor, fresh: bool = False) -> Tensor:
-        if tokens_BT.shape[1] > _MOST_NEW:
-            return super().extend(tokens_BT, position_BT, table_BP, fresh)
-        return self._replay("main", super().extend, tokens_BT, position_BT, table_BP)
+    @torch.inference_mode()
+    def forward(self, batch: Batch, wanted_M: np.ndarray) -> tuple[Tensor, Tensor]:
+        """As TorchRunner's; the results of few tokens are good until the next `forward`."""
+        if batch.count_B.max() > _MOST_NEW:
+            return super().forward(batch, wanted_M)
+        return self._graph(batch, draft=False).replay(batch, wanted_M)
 
-    def extend_draft(
-        self, tokens_BT: Tensor, position_BT: Tensor, table_BP: Tensor, hidden_BTH: Tensor, first_B1: Tensor,
-        fresh: bool = False,
-    ) -> Tensor:  # fmt: skip
-        if tokens_BT.shape[1] > _MOST_NEW:
-            return super().extend_draft(tokens_BT, position_BT, table_BP, hidden_BTH, first_B1, fresh)
-        return self._replay("draft", super().extend_draft, tokens_BT, position_BT, table_BP, hidden_BTH, first_B1)
+    @torch.inference_mode()
+    def draft(
+        self, hidden_NH: Tensor, batch: Batch, first_B: np.ndarray, wanted_M: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """As TorchRunner's; the results of few tokens are good until the next `draft`."""
+        if batch.count_B.max() > _MOST_NEW:
+            return super().draft(hidden_NH, batch, first_B, wanted_M)
+        return self._graph(batch, draft=True).replay(batch, wanted_M, hidden_NH, first_B)
+
+    def _graph(self, batch: Batch, draft: bool) -> _Graph:
+        pages = int(batch.position_N.max()) // self.cache.page_size + 1
+        rows, new = _power_of_two(len(batch.slot_B)), int(batch.count_B.max())
+        key = draft, rows, new, _power_of_two(pages)
+        if key not in self._graphs:
+            if (draft, rows * new) not in self._results:
+                logits_MV, hidden_NH = (
+                    torch.empty(rows * new, size, dtype=torch.bfloat16, device=self.device)
+                    for size in (self.model.config.vocab_size, self.model.config.hidden_size)
+                )
+                self._results[draft, rows * new] = logits_MV, hidden_NH
+            self._graphs[key] = _Graph(self, *key, *self._results[draft, rows * new])
+        return self._graphs[key]
 
     @torch.inference_mode()
     def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray:
@@ -59,36 +79,83 @@ class GraphRunner(TorchRunner):
         drawn_M, sure_M = self._draws[rows].replay(logits_MV, slots, slot_M, counter_M)
         return drawn_M if sure_M.all() else super().draw(logits_MV, slots, slot_M, counter_M)
 
-    def _replay(self, name: str, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        rows, new, pages = inputs[0].shape[0], inputs[0].shape[1], inputs[2].shape[1]
-        key = name, _power_of_two(rows), new, _power_of_two(pages)
-        if key not in self._graphs:
-            self._graphs[key] = _Graph(work, key[1], key[3], inputs, self._memory)
-        # A copy: the graph's own output is overwritten by the next replay.
-        return self._graphs[key].replay(inputs)[:rows].clone()
-
 
 class _Graph:
-    """One recording of the model, with the inputs and the output that it reads and writes."""
+    """One recording of the model and its output layer, or of the draft module, for R rows of T tokens and P pages.
+
+    Logits (R T, V) and hidden states (R T, H) are written to what it was given, whatever else is recorded or replayed.
+    """
 
     def __init__(
-        self, work: Callable[..., Tensor], rows: int, pages: int, like: tuple[Tensor, ...], memory: Any
+        self, runner: GraphRunner, draft: bool, rows: int, new: int, pages: int, logits_MV: Tensor, hidden_NH: Tensor
     ) -> None:
-        self._inputs = [x.new_zeros(rows, *x.shape[1:]) for x in like]
-        self._inputs[2] = like[2].new_zeros(rows, pages)
-        self._inputs[1].fill_(-1)  # all padding: recording leaves no trace in the cache
-        self._graph, self._output = _record(lambda: work(*self._inputs), memory)
+        self._shape, self._logits_MV, self._hidden_NH = (rows, new, pages), logits_MV, hidden_NH
+        device = runner.device
+        words = rows * (2 * new + pages + draft)
+        self._host = torch.zeros(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(words, dtype=torch.int64, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        tokens_BT, position_BT, table_BP, first_B1 = self._parts(self._device)
+        position_BT.fill_(-1)  # all padding: recording leaves no trace in the cache
+        # Of the tokens before: what the draft module goes on from.
+        self._given_NH = torch.zeros_like(hidden_NH) if draft else None
+        model = runner.model
 
-    def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The output for these inputs, whose rows and pages may be fewer than the recording's."""
-        rows, pages = inputs[2].shape
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own[:rows, : given.shape[1]].copy_(given)
-        # Rows that are not used now must write nowhere, and no row's table may go on with what an earlier one left.
-        self._inputs[1][rows:].fill_(-1)
-        self._inputs[2][:, pages:].zero_()
-        self._graph.replay()
-        return self._output
+        def work() -> None:
+            if self._given_NH is None:
+                out_BTH = TorchRunner.extend(runner, tokens_BT, position_BT, table_BP)
+                normed_NH = out_BTH.flatten(0, 1)
+            else:
+                given_BTH = self._given_NH.unflatten(0, (rows, new))
+                out_BTH = TorchRunner.extend_draft(runner, tokens_BT, position_BT, table_BP, given_BTH, first_B1)
+                normed_NH = model.mtp_layers[0].shared_head.norm(out_BTH.flatten(0, 1))
+            hidden_NH.copy_(out_BTH.flatten(0, 1))
+            torch.mm(normed_NH, model.lm_head.weight.t(), out=logits_MV)
+
+        self._recorded = _record(work, runner._memory)
+
+    def _parts(self, words: Any) -> tuple[Any, Any, Any, Any]:
+        """Tokens (R, T), positions (R, T), tables (R, P) and first positions (R, 1 or 0) of the words, as views."""
+        rows, new, pages = self._shape
+        tokens, positions, rest = words[: rows * new], words[rows * new : 2 * rows * new], words[2 * rows * new :]
+        table, first = rest[: rows * pages], rest[rows * pages :]
+        return (
+            tokens.reshape(rows, new), positions.reshape(rows, new), table.reshape(rows, pages),
+            first.reshape(rows, len(first) // rows),
+        )  # fmt: skip
+
+    def replay(
+        self, batch: Batch, wanted_M: np.ndarray, given_NH: Tensor | None = None, first_B: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (M, V) of the tokens wanted, and hidden states (N, H), of a batch that is no larger than recorded."""
+        rows, new, device = len(batch.slot_B), self._shape[1], self._device.device
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy may still wait behind other work
+        tokens_BT, position_BT, table_BP, first_B1 = self._parts(self._host.numpy())
+        # Rows that are not used now must write nowhere, and no table may go on with what an earlier one left.
+        tokens_BT[:], position_BT[:], table_BP[:] = 0, -1, 0
+        real_BT = np.arange(new) < batch.count_B[:, None]
+        tokens_BT[:rows][real_BT], position_BT[:rows][real_BT] = batch.tokens_N, batch.position_N
+        pages = min(table_BP.shape[1], batch.table_SP.shape[1])
+        table_BP[:rows, :pages] = batch.table_SP[batch.slot_B, :pages]
+        if first_B is not None:
+            first_B1[:], first_B1[:rows, 0] = 0, first_B
+        self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        at_N = None if real_BT.all() else _index(np.flatnonzero(real_BT), device)
+        if given_NH is not None:
+            assert self._given_NH is not None
+            if at_N is None:
+                self._given_NH[: len(given_NH)].copy_(given_NH)
+            else:
+                self._given_NH.index_copy_(0, at_N, given_NH)
+        self._recorded.replay()
+        if at_N is None and len(wanted_M) == rows * new and (wanted_M == np.arange(rows * new)).all():
+            return self._logits_MV[: rows * new], self._hidden_NH[: rows * new]
+        hidden_NH = self._hidden_NH[: rows * new] if at_N is None else self._hidden_NH.index_select(0, at_N)
+        wanted = np.flatnonzero(real_BT)[wanted_M]
+        return self._logits_MV.index_select(0, _index(wanted, device)), hidden_NH
 
 
 class _Draw:
@@ -97,15 +164,16 @@ class _Draw:
     def __init__(self, rows: int, like_MV: Tensor, memory: Any) -> None:
         self._logits_MV = like_MV.new_zeros(rows, like_MV.shape[1])
         self._words_6M = torch.zeros(6, rows, dtype=torch.int64, device=like_MV.device)
-        self._host_6M = torch.zeros(6, rows, dtype=torch.int64, pin_memory=True)
-        self._graph, self._output_2M = _record(self._draw, memory)
+        self._host_6M = torch.zeros(6, rows, dtype=torch.int64, pin_memory=like_MV.is_cuda)
+        self._output_2M = torch.zeros(2, rows, dtype=torch.int64, device=like_MV.device)
+        self._graph = _record(self._draw, memory)
 
-    def _draw(self) -> Tensor:
+    def _draw(self) -> None:
         temperature_M, top_p_M, min_p_M = self._words_6M[:3].view(torch.float64).float()
         top_k_M, seed_M, counter_M = self._words_6M[3:]
         settings = Settings(temperature_M, top_p_M, top_k_M, min_p_M, seed_M)
         drawn_M, sure_M = sample_likely(self._logits_MV, settings, counter_M)
-        return torch.stack((drawn_M, sure_M.long()))
+        self._output_2M.copy_(torch.stack((drawn_M, sure_M.long())))
 
     def replay(
         self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray
@@ -125,7 +193,7 @@ class _Draw:
         return drawn_2M[0], drawn_2M[1] > 0
 
 
-def _record(work: Callable[[], Tensor], memory: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _record(work: Callable[[], Any], memory: Any) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -134,8 +202,8 @@ def _record(work: Callable[[], Tensor], memory: Any) -> tuple[torch.cuda.CUDAGra
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=memory):
-        output = work()
-    return graph, output
+        work()
+    return graph
 
 
 def _power_of_two(number: int) -> int:
