@@ -1,28 +1,29 @@
-"""The engine on a GPU: tokens/s against concurrency; by CUDA graphs or not, MLA decode by the kernel or in torch, MTP.
+"""The engine on a GPU: tokens/s against concurrency, by precision of the weights and the cache, with and without MTP.
 
-    python -m tests.bench.engine_gpu --json engine_gpu.json [--quick]
+    python -m tests.bench.engine_gpu --json engine_gpu.json [--quick] [--only tiny|lite] [--until SECONDS]
 
 Two models: tiny-r1, and a model of DeepSeek-V2-Lite's shape (15.7B parameters, 2.7B activated; random weights, with
-the output layer scaled up so that its distributions are as peaked as a trained model's). tiny-r1 gets problems that it
-knows and stops when it is done, the other one 128 random tokens, and writes 128; temperature 0.6, top-p 0.95. In the
-rows of 3,968 prompt tokens all requests have the same prompt, computed once: what is told there is decoding over it.
-What is told is new tokens a second of the whole call, prefill included, the best of the rounds after one that is not
-counted.
+the output layer scaled up so that its distributions are as peaked as a trained model's), and a draft module of V3's
+kind. tiny-r1 gets problems that it knows and stops when it is done, the other one 128 random tokens, and writes 128;
+temperature 0.6, top-p 0.95. In the rows of 3,968 prompt tokens all requests have the same prompt, computed once: what
+is told there is decoding over it. What is told is new tokens a second of the whole call, prefill included, the best of
+the rounds after one that is not counted. A draft module of random weights is hardly ever right: such rows say what
+drafting costs, not what it brings. The most telling rows come first, and none is begun after --until seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
-import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import teacher.runner
 from teacher import load_model
 from teacher.config import DeepseekV3Config
 from teacher.engine import Engine
@@ -30,11 +31,9 @@ from teacher.model import DeepseekV3
 from teacher.quantized_experts import quantize_experts
 from teacher.quantized_linear import quantize_linears
 from teacher.requests import Request
+from tests.bench.kernels import about
 
 PROMPT, NEW, LONG = 128, 128, 3968
-
-
-FORMS = ((False, False), (True, False), (True, True))  # (by graphs, by the kernel)
 
 
 def lite() -> DeepseekV3:
@@ -42,7 +41,7 @@ def lite() -> DeepseekV3:
     config = DeepseekV3Config(
         vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
         num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6,
-        n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=None, num_nextn_predict_layers=0,
+        n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=None, num_nextn_predict_layers=1,
     )  # fmt: skip
     model = DeepseekV3.on_meta(config)
     for parameter in model.parameters():
@@ -56,6 +55,9 @@ def lite() -> DeepseekV3:
             else:
                 tensor.normal_(std=0.02 if "lm_head" not in name else 0.2)
     return model
+
+
+WEIGHTS = {"model": "bfloat16", "experts": "experts in FP8", "fp8": "all in FP8"}
 
 
 def quantized(model: DeepseekV3, weights: str) -> DeepseekV3:
@@ -79,9 +81,14 @@ def requests(count: int, vocabulary: int, length: int, prompts: list[list[int]] 
     ]  # fmt: skip
 
 
-def speed(model: DeepseekV3, count: int, rounds: int, prompts: list[list[int]] | None, **settings: Any) -> Any:
+def speed(
+    model: DeepseekV3, count: int, rounds: int, prompts: list[list[int]] | None, fused: bool = True, **settings: Any
+) -> Any:
     length = max(512, len(prompts[0]) + NEW if prompts else 0)
-    engine = Engine(model, None, count, length, cache_tokens=count * length, **settings)
+    obstacle = teacher.runner.fused_obstacle
+    teacher.runner.fused_obstacle = obstacle if fused else lambda model: "switched off"
+    engine = Engine(model, None, count, length, cache_tokens=count * length, speculate_rows=count, **settings)
+    teacher.runner.fused_obstacle = obstacle
     found = []
     for _ in range(1 + rounds):
         started = time.perf_counter()
@@ -111,52 +118,82 @@ def real_prompts(count: int) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
 
 
+def tiny_rows(quick: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Concurrency and settings for tiny-r1."""
+    for count in (1, 8, 256) if quick else (1, 4, 8, 16, 64, 256):
+        yield count, {}
+        if count <= 16:
+            yield count, {"speculate": 4}
+    for count in (1, 256):
+        yield count, {"graphs": False}
+
+
+def lite_rows(quick: bool) -> Iterator[tuple[str, int, bool, dict[str, Any]]]:
+    """Precision of the weights, concurrency, whether the prompt is long, and settings, for V2-Lite's shape.
+
+    Precisions follow each other: a model is drawn anew for each, and quantised in place.
+    """
+    for weights in ("model", "experts", "fp8"):
+        for count in (1, 64) if quick or weights == "experts" else (1, 4, 16, 64, 256):
+            yield weights, count, False, {}
+        if weights == "experts":
+            continue
+        for count in (1,) if quick else (1, 64):
+            yield weights, count, False, {"fused": False}
+        if not quick:
+            yield weights, 1, False, {"graphs": False}
+            yield weights, 64, True, {"cache_dtype": "model"}
+    for count in (1,) if quick else (1, 8):
+        yield "fp8", count, False, {"speculate": 1}
+    for count in (64,) if quick else (1, 64):
+        yield "fp8", count, True, {"cache_dtype": "fp8"}
+    if not quick:
+        yield "fp8", 256, False, {"cache_dtype": "fp8"}
+
+
 def main() -> None:
-    options = argparse.ArgumentParser()
+    options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", type=Path)
     options.add_argument("--quick", action="store_true")
     options.add_argument("--commit", help="name of the code under test, where git does not know it")
     options.add_argument("--only", choices=("tiny", "lite"))
+    options.add_argument("--until", type=float, default=140.0, help="seconds after which no row is begun")
     chosen = options.parse_args()
-    commit = chosen.commit
-    if commit is None:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
-    about = {"gpu": driver, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
-    found: dict[str, Any] = {"about": about, "rows": []}
-    rounds = 1 if chosen.quick else 3
+    started = time.perf_counter()
+    found: dict[str, Any] = {"about": about(chosen.commit, "tests.bench.engine_gpu"), "rows": []}
+    rounds = 1 if chosen.quick else 2
 
     def measure(name: str, model: DeepseekV3, count: int, prompts: list[list[int]] | None, **settings: Any) -> None:
-        row = {"model": name, "concurrency": count, **settings, **speed(model, count, rounds, prompts, **settings)}
+        if time.perf_counter() - started > chosen.until:
+            row = {"model": name, "concurrency": count, **settings, "left_out": f"after {chosen.until:.0f} s"}
+        else:
+            row = {"model": name, "concurrency": count, **settings, **speed(model, count, rounds, prompts, **settings)}
+        row["at_seconds"] = round(time.perf_counter() - started, 1)
         found["rows"].append(row)
         print(json.dumps(row), flush=True)
         if chosen.json:
             chosen.json.write_text(json.dumps(found, indent=1))
 
-    prompts = real_prompts(256)
-    for dtype in ("float32", "bfloat16") if chosen.only != "lite" else ():
-        tiny = load_model("teacher/models/tiny-r1", dtype=dtype, device="cuda")
-        for count in (1, 16, 256) if chosen.quick else (1, 4, 16, 64, 256):
-            for graphs, kernels in FORMS if dtype == "bfloat16" else FORMS[:1]:
-                measure(f"tiny-r1 {dtype}", tiny, count, prompts, graphs=graphs, kernels=kernels)
-                if count == 1:
-                    measure(f"tiny-r1 {dtype}", tiny, count, prompts, graphs=graphs, kernels=kernels, speculate=4)
-    if chosen.only == "tiny":
-        return
-    model = lite()
-    found["lite_parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    for count in (1, 64) if chosen.quick else (1, 4, 16, 64, 256):
-        for graphs, kernels in FORMS[1:] if chosen.quick else FORMS:
-            measure("V2-Lite shape bfloat16", model, count, None, graphs=graphs, kernels=kernels)
-    rng = random.Random(0)
-    stem = [rng.randrange(400) for _ in range(LONG)]
-    for count in (64,) if chosen.quick else (1, 16, 64):
-        for kernels, cache_dtype in ((False, "model"), (True, "model"), (True, "fp8")):
-            name = f"V2-Lite shape bfloat16, prompt of {LONG}"
-            measure(name, model, count, [stem] * count, kernels=kernels, cache_dtype=cache_dtype)
-    found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+    if chosen.only != "tiny":
+        model, weights_now = lite(), "model"
+        found["lite_parameters"] = sum(p.numel() for n, p in model.named_parameters() if ".layers.27." not in n)
+        rng = random.Random(0)
+        stem = [rng.randrange(400) for _ in range(LONG)]
+        for weights, count, long, settings in lite_rows(chosen.quick):
+            if weights != weights_now:
+                del model
+                torch.cuda.empty_cache()
+                model, weights_now = quantized(lite(), weights), weights
+            name = f"V2-Lite shape, {WEIGHTS[weights]}{f', prompt of {LONG}' if long else ''}"
+            measure(name, model, count, [stem] * count if long else None, **settings)
+        found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        del model
+        torch.cuda.empty_cache()
+    if chosen.only != "lite":
+        prompts = real_prompts(256)
+        tiny = load_model("teacher/models/tiny-r1", dtype="bfloat16", device="cuda")
+        for count, settings in tiny_rows(chosen.quick):
+            measure("tiny-r1, bfloat16", tiny, count, prompts, **settings)
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))
 
