@@ -116,8 +116,10 @@ def train(
     with contextlib.closing(training_log):
         while step is not None:
             summed = _forward_backward(accelerator, model, forward, step, settings.dtype)
-            norms = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
-            figures = _read(torch.stack([summed, norms.to(summed)]))
+            norm_ = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            if hasattr(norm_, "full_tensor"):  # of shards
+                norm_ = norm_.full_tensor()
+            figures = _read(torch.stack([summed, norm_.to(summed)]))
             rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
