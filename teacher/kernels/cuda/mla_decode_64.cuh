@@ -271,6 +271,8 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
 
     const int other = me ^ 1;
     const float scale[2] = {FP8 ? a.scale * shared.unit[m[0]] : 0.0f, FP8 ? a.scale * shared.unit[m[1]] : 0.0f};
+    // Where a lane's row of four matrices of weights goes: lanes 8 on to queries 8 on, lanes 16 on to keys 8 on.
+    const uint32_t weights_at = shared_address(shared.key[me][8]) + swizzled(16 * warp + lane % 16, lane / 16);
     MLA_START
     for (int i = me;; i += 2) {
         const bool mine = i < n, theirs = i > 0 && i - 1 < n;
@@ -314,9 +316,9 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
         float to[2] = {reference[0], reference[1]}, more[2] = {0.0f, 0.0f};
         if (mine) {
             const bool ragged = __shfl_sync(0xFFFFFFFF, int(span.ragged(span.low + i)), 0);
+            if constexpr (FP8) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                if constexpr (FP8) {
+                for (int j = 0; j < 8; j++) {
                     const float2 power = *reinterpret_cast<const float2*>(&shared.token[me][j][0][2 * t]);
                     const float2 exponent = *reinterpret_cast<const float2*>(&shared.token[me][j][1][2 * t]);
 #pragma unroll
@@ -325,11 +327,13 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
                         score[4 * j + 2 * r + 1] = fmaf(score[4 * j + 2 * r + 1] * scale[r], power.y, exponent.y);
                     }
                 }
-                if (ragged) {
-                    const int at = (span.low + i) * kPage + 8 * j + 2 * t;
+            }
+            if (ragged) {
+                const int at = (span.low + i) * kPage + 2 * t;
 #pragma unroll
-                    for (int r = 0; r < 4; r++)
-                        if (at + r % 2 < span.begin || at + r % 2 > last[r / 2]) score[4 * j + r] = -INFINITY;
+                for (int j = 0; j < 32; j++) {
+                    const int key = at + j / 4 * 8 + j % 2;
+                    if (key < span.begin || key > last[j / 2 % 2]) score[j] = -INFINITY;
                 }
             }
 #pragma unroll
@@ -363,8 +367,9 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
                     const __nv_bfloat162 pair = __floats2bfloat162_rn(p[0], p[1]);
                     weight[j] = reinterpret_cast<const uint32_t&>(pair);
                 }
-                *reinterpret_cast<uint32_t*>(shared.key[me][8] + swizzled(m[r], j / 2) + 4 * t) = weight[j];
             }
+#pragma unroll
+            for (int k = 0; k < 4; k++) store_matrices(weights_at ^ (32 * k), weight + 4 * k);
             if (!FP8 && ragged) {  // what nobody sees may be NaN, which 0 does not cancel
                 for (int j = thread; j < kPage * kRank / 8; j += 128) {
                     const int key = j / (kRank / 8), chunk = j % (kRank / 8);

@@ -35,11 +35,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
         "over:\n}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// At the barrier that lies there in CTA `rank` of the cluster.
+// At the barrier that lies there in CTA `rank` of the cluster. It says that something has been read, so no write has to be
+// made visible before it.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
         "r"(rank)
         : "memory");
 }
@@ -116,6 +117,14 @@ __device__ __forceinline__ void wait_for_launch_before() { asm volatile("griddep
 // Tiles of 64 rows x 64 values of 2 bytes lie as 64 rows of 128 bytes whose 16-byte chunks are exchanged by the row.
 constexpr int kTileBytes = 64 * 128;
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// Four matrices of 8 x 8 values as products leave them, each row to the address that a lane names: lane 8 i + r row r of
+// matrix i.
+__device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t* values) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(values[0]),
+                 "r"(values[1]), "r"(values[2]), "r"(values[3])
+                 : "memory");
+}
 
 // An operand whose contracted dimension lies along the rows (queries, keys, weights): 8 rows are 1024 bytes apart.
 // The next 16 contracted values are 32 bytes further.
