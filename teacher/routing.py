@@ -39,7 +39,7 @@ class Router(nn.Module):
         """Choose experts for each row of `x_NH`; weights sum to `routed_scaling_factor` if `norm_topk_prob`."""
         config = self.config
         with torch.autocast(x_NH.device.type, enabled=False):
-            scores_NE = F.linear(x_NH.float(), self.weight.float()).sigmoid()
+            scores_NE = self._logits(x_NH).sigmoid()
             with torch.no_grad():
                 biased_NE = scores_NE + self.e_score_correction_bias
                 indices_NK = choose_experts(biased_NE, config.n_group, config.topk_group, config.num_experts_per_tok)
@@ -47,6 +47,12 @@ class Router(nn.Module):
             if config.norm_topk_prob:
                 weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
             return Routing(indices_NK, weights_NK * config.routed_scaling_factor, scores_NE)
+
+    def _logits(self, x_NH: Tensor) -> Tensor:
+        """Products of bf16 are exact in fp32, so tensor cores, which add in fp32, serve as well."""
+        if x_NH.is_cuda and x_NH.dtype == self.weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            return torch.mm(x_NH, self.weight.t(), out_dtype=torch.float32)
+        return F.linear(x_NH.float(), self.weight.float())
 
 
 def choose_experts(biased_NE: Tensor, n_group: int, topk_group: int, top_k: int) -> Tensor:

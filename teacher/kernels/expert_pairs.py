@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.fp8 import FP8
 from teacher.kernels.arguments import INTERPRETED, same_device, take
+from teacher.kernels.chain import begin, dependent
 from teacher.kernels.operands import Fp8
 from teacher.kernels.quantize import block_scale, encode, magnitude
 from teacher.kernels.rms_norm import empty_fp8
@@ -42,6 +43,7 @@ def _gate_up_kernel(
     inner, SHARED: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = 128
+    begin()
     block, pair = tl.program_id(0), tl.program_id(1)
     token = pair // K
     expert = _expert_of(indices, token, pair % K, K, experts, SHARED)
@@ -72,6 +74,7 @@ def _down_kernel(
     SHARED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = 128
+    begin()
     column, part, token = tl.program_id(0) * COLUMNS, tl.program_id(1), tl.program_id(2)
     steps = tl.cdiv(inner, BLOCK)
     first = part * each
@@ -126,11 +129,12 @@ def expert_pairs(x: Fp8, indices_NK: Tensor, weights_NK: Tensor, gate_up: Fp8, d
         TensorDescriptor.from_tensor(gate_up.values.view(-1, hidden), [128, 128]),
         x.scales, x.scales.stride(1), gate_up.scales, indices_NK, *middle, middle.scales.stride(1), k, experts,
         hidden, inner, SHARED=int(shared), ROWS=_ROWS, INTERPRETED=INTERPRETED, num_warps=4, num_stages=3,
+        **dependent(),
     )  # fmt: skip
     _down_kernel[(-(-hidden // 64), len(parts_SNH), tokens)](
         TensorDescriptor.from_tensor(middle.values, [_ROWS, 128]),
         TensorDescriptor.from_tensor(down.values.view(-1, inner), [64, 128]),
         middle.scales, middle.scales.stride(1), down.scales, indices_NK, weights_NK, parts_SNH, tokens, k, experts,
-        hidden, inner, share, SHARED=int(shared), ROWS=_ROWS, COLUMNS=64, num_warps=4, num_stages=6,
+        hidden, inner, share, SHARED=int(shared), ROWS=_ROWS, COLUMNS=64, num_warps=4, num_stages=6, **dependent(),
     )  # fmt: skip
     return parts_SNH

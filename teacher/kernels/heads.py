@@ -17,6 +17,7 @@ from torch import Tensor
 
 from teacher.fp8 import ACTIVATION_BLOCK, quantize
 from teacher.kernels.arguments import INTERPRETED, same_device, take
+from teacher.kernels.chain import begin, dependent
 from teacher.kernels.latents import Rotation
 from teacher.kernels.operands import Fp8
 from teacher.kernels.quantize import block_scale, encode, magnitude
@@ -31,6 +32,7 @@ def _absorb_kernel(
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R columns of one head for ROWS tokens; the first of a head's programs rotates too."""
+    begin()
     head, column = tl.program_id(0), tl.program_id(1) * BLOCK_R
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     real = row < N
@@ -80,7 +82,7 @@ def absorb(q_NHK: Tensor, up_HPR: Tensor, rotation: Rotation) -> tuple[Tensor, T
             q_NHK, up_HPR, rotation.cos_ND, rotation.sin_ND, q_latent_NHR, q_rope_NHD, rows, heads,
             up_HPR.stride(0), up_HPR.stride(1), P=nope, D=rope, R=rank, ROWS=tile_rows,
             BLOCK_P=max(16, triton.next_power_of_2(nope)), BLOCK_R=block, BLOCK_D=triton.next_power_of_2(rope // 2),
-            INTERLEAVE=rotation.interleave, INTERPRETED=INTERPRETED, num_warps=4,
+            INTERLEAVE=rotation.interleave, INTERPRETED=INTERPRETED, num_warps=4, **dependent(),
         )  # fmt: skip
     return q_latent_NHR, q_rope_NHD
 
@@ -100,6 +102,7 @@ def _values_kernel(
     FP8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One head for ROWS tokens."""
+    begin()
     head = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real = row < N
@@ -147,7 +150,7 @@ def values(attended_NHR: Tensor, up_HVR: Tensor, in_fp8: bool = False) -> Tensor
             attended_NHR, up_HVR, out, codes, scales, scales.stride(1), rows, heads, up_HVR.stride(0),
             up_HVR.stride(1), V=size, R=rank, ROWS=tile_rows, BLOCK_V=max(16, triton.next_power_of_2(size)),
             BLOCK_R=min(128, max(16, triton.next_power_of_2(rank))), FP8=in_fp8, INTERPRETED=INTERPRETED,
-            num_warps=4, num_stages=3,
+            num_warps=4, num_stages=3, **dependent(),
         )  # fmt: skip
     return out if x8 is None else x8
 

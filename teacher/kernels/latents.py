@@ -21,6 +21,7 @@ from torch import Tensor
 
 from teacher.fp8 import ACTIVATION_BLOCK, quantize
 from teacher.kernels.arguments import INTERPRETED, same_device, take
+from teacher.kernels.chain import begin, dependent
 from teacher.kernels.operands import Fp8
 from teacher.kernels.rms_norm import empty_fp8, store_fp8, to_bf16
 from teacher.norm import RMSNorm
@@ -52,6 +53,7 @@ def _latents_kernel(
     BLOCK_D: tl.constexpr, INTERLEAVE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Program (token, 0) does the query latent, (token, 1) what is cached."""
+    begin()
     row = tl.program_id(0)
     columns = Q + R + D
     if tl.program_id(1) == 0:
@@ -120,6 +122,7 @@ def write_latents(
             NORM=q_norm is not None, FP8=in_fp8, TILES=triton.next_power_of_2(-(-queries // 128)),
             BLOCK_R=triton.next_power_of_2(rank), BLOCK_D=triton.next_power_of_2(rope // 2),
             INTERLEAVE=rotation.interleave, INTERPRETED=INTERPRETED, num_warps=4,
+            **dependent(),
         )  # fmt: skip
     return q_NQ if x8 is None else x8
 

@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, dequantize
 from teacher.kernels.arguments import INTERPRETED, multiprocessors, same_device, take
+from teacher.kernels.chain import begin, dependent
 from teacher.kernels.operands import Fp8
 
 MOST_ROWS = 256
@@ -37,6 +38,7 @@ def _product_kernel(
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One tile of COLUMNS outputs and ROWS rows over `each` steps of the inner dimension."""
+    begin()
     column, split = tl.program_id(0) * COLUMNS, tl.program_id(1)
     row = tl.program_id(2) * ROWS
     steps = tl.cdiv(K, STEP)
@@ -103,7 +105,7 @@ def row_product(x: Fp8 | Tensor, w: Fp8 | Tensor, splits: int | None = None, out
             x_scales, x_scales.stride(1) if quantised else 0, w_scales, parts_SNO, rows, outputs, k, each,
             ROWS=tile_rows, COLUMNS=_COLUMNS, STEP=_STEP, QUANTISED=quantised, INTERPRETED=INTERPRETED,
             num_warps=4,
-            num_stages=(5 if tile_rows <= 32 else 4) if quantised else 3,
+            num_stages=(5 if tile_rows <= 32 else 4) if quantised else 3, **dependent(),
         )  # fmt: skip
     return parts_SNO
 

@@ -178,6 +178,7 @@ def measure(layers: Layers, bench: Any, ceilings: Ceilings, rows: int, new: int,
         time_of("norms", norms)
         time_of("router", lambda: moe.gate(x_NH))
     else:
+        from teacher.kernels import chain
         from teacher.kernels.rms_norm import add_rms_norm
 
         numbers_N = torch.arange(tokens, dtype=torch.int32, device=layers.device)
@@ -193,6 +194,11 @@ def measure(layers: Layers, bench: Any, ceilings: Ceilings, rows: int, new: int,
             found["fused_error"] = round(float(error_NH.abs().mean() / plain_NH.abs().mean()), 5)
             time_of("moe layer, not fused", lambda: sparse.extend(x, cos, sin, views[1], absorbed))
         time_of("moe layer", lambda: one.extend(x_NH, parts_SNH, step, views[1]))
+        chain.enabled = not chain.enabled
+        by_other = one.extend(x_NH, parts_SNH, step, views[1])[1]
+        time_of(f"moe layer, dependent launches {chain.enabled}", lambda: one.extend(x_NH, parts_SNH, step, views[1]))
+        chain.enabled = not chain.enabled
+        found["dependent_equal"] = torch.equal(by_other, one.extend(x_NH, parts_SNH, step, views[1])[1])
         time_of("dense layer", lambda: fused.layers[0].extend(x_NH, parts_SNH, step, views[0]))
         time_of("attention", lambda: one._attend(normed.in_fp8 or normed.normed_NH, step, views[1]))
         time_of("norms", lambda: [add_rms_norm(x_NH, parts_SNH, weight, 1e-6, in_fp8) for _ in range(2)])
@@ -273,6 +279,8 @@ def line(found: dict[str, Any]) -> str:
     said = f" | 8 GPUs: {ahead.get('step_ms')} ms, {ahead.get('tokens_per_second')} tokens/s"
     if "moe layer, not fused" in found["us"]:
         said += f" (not fused: {found['us']['moe layer, not fused']}, apart by {found['fused_error']})"
+        said += f", dependent launches the same bits: {found['dependent_equal']}"
+    said += "".join(f" ({name}: {us})" for name, us in found["us"].items() if "dependent" in name or "sorted" in name)
     return what + "".join(cell(name) for name in ("moe layer", "dense layer", *PARTS)) + said
 
 
