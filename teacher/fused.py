@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teacher.attention import PagedView
-from teacher.experts import MLP, MoE
+from teacher.experts import MLP, Experts, MoE
 from teacher.kernels.operands import Fp8
 from teacher.layer import DecoderLayer
 from teacher.model import DeepseekV3
@@ -47,6 +47,8 @@ def fused_obstacle(model: DeepseekV3) -> str | None:
     queries = config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
     if queries % 128 and isinstance(model.main_layers[0].self_attn.kv_a_proj_with_mqa, QuantizedLinear):
         return f"in FP8 they take whole blocks of 128 for the first projection of queries, not {queries}"
+    if config.moe_intermediate_size % 16:
+        return f"experts of {config.moe_intermediate_size} hidden values, they take multiples of 16"
     if any(isinstance(layer.mlp, MoE) for layer in (*model.main_layers, *model.mtp_layers)):
         return router_obstacle(config)
     return None
@@ -127,6 +129,7 @@ class FusedLayer:
         self, x_NH: Tensor, parts_SNH: Tensor | None, step: Step, view: PagedView
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream and what is to be added to it, from those of the layer before."""
+        from teacher.kernels.expert_pairs import expert_pairs
         from teacher.kernels.rms_norm import add_rms_norm
 
         norm = self.layer.input_layernorm
@@ -134,22 +137,28 @@ class FusedLayer:
         parts_SNH = self._attend(normed.in_fp8 or normed.normed_NH, step, view)
         norm = self.layer.post_attention_layernorm
         experts = None if self.moe is None else self.moe.experts
-        pairs = isinstance(experts, QuantizedExperts) and len(x_NH) <= MOST_PAIRED
-        in_fp8 = pairs or (self.mlp is not None and self.mlp.gate_up.fp8 is not None)
+        pairs = experts is not None and len(x_NH) <= MOST_PAIRED
+        in_fp8 = (pairs and isinstance(experts, QuantizedExperts)) or (
+            self.mlp is not None and self.mlp.gate_up.fp8 is not None
+        )
         normed = add_rms_norm(normed.sum_NH, parts_SNH, norm.weight, norm.eps, in_fp8)
         if self.moe is None:
             assert self.mlp is not None
             return normed.sum_NH, self.mlp(normed.in_fp8 or normed.normed_NH)
         routing = self._route(normed.normed_NH)
-        if pairs:
-            assert isinstance(experts, QuantizedExperts) and normed.in_fp8 is not None
+        if pairs and isinstance(experts, QuantizedExperts):
+            assert normed.in_fp8 is not None
             out_SNH = experts.pairs(normed.in_fp8, routing)
+        elif pairs:
+            assert isinstance(experts, Experts)
+            stacks = experts.gate_up_proj, experts.down_proj
+            out_SNH = expert_pairs(normed.normed_NH, routing.indices_NK, routing.weights_NK, *stacks)
         else:
             out_SNH = self.moe.experts(normed.normed_NH, routing).unsqueeze(0)
         if self.mlp is None:
             return normed.sum_NH, out_SNH
         shared_SNH = self.mlp((self.mlp.gate_up.fp8 and normed.in_fp8) or normed.normed_NH)
-        return normed.sum_NH, torch.cat((out_SNH.to(shared_SNH.dtype), shared_SNH))
+        return normed.sum_NH, torch.cat((out_SNH.float(), shared_SNH.float()))
 
     def _attend(self, x: Tensor | Fp8, step: Step, view: PagedView) -> Tensor:
         from teacher.kernels.heads import absorb, values

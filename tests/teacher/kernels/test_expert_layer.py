@@ -134,6 +134,18 @@ def test_pairs_are_the_layer(tokens, experts, k, shared, device):
     assert torch.equal(found, expert_pairs(x8, indices, weights, gate_up8, down8, shared))
 
 
+@pytest.mark.parametrize(("tokens", "shared"), [(1, 0), (3, 2)])
+def test_pairs_in_bf16(tokens, shared, device):
+    gate_up, down, _, _ = layer(6, 272, 144, device)
+    gate_up, down, x = gate_up.bfloat16(), down.bfloat16(), torch.randn(tokens, 272, device=device).bfloat16()
+    indices, weights = routing(tokens, 6 - shared, 3, device)
+    found = expert_pairs(x, indices, weights, gate_up, down, shared)
+    last = torch.arange(6 - shared, 6, device=device).expand(tokens, -1)
+    indices, weights = torch.cat([indices, last], 1), torch.cat([weights, weights.new_ones(tokens, shared)], 1)
+    expected = reference_experts(x.float(), indices, weights, gate_up.float(), down.float())
+    assert relative(found.sum(0), expected) < 3e-3
+
+
 def test_pairs_refuse_what_does_not_fit(device):
     _, _, gate_up8, down8 = layer(3, 64, 64, device)
     x8, (indices, weights) = Fp8(*quantize_activations(torch.randn(2, 64, device=device))), routing(2, 3, 2, device)
