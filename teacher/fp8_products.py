@@ -60,6 +60,17 @@ def weight(w: Tensor) -> Quantized:
     return Quantized(torch.stack(values), torch.stack(scales), WEIGHT_BLOCK)
 
 
+def both_ways(x_RC: Tensor) -> tuple[Quantized, Quantized]:
+    """`along_columns` and `along_tokens`, which a gradient needs both; kernels read it once for the two."""
+    return along_columns(x_RC), along_tokens(x_RC)
+
+
+def weight_both(w: Tensor) -> tuple[Quantized, Quantized]:
+    """`weight`, and the same transposed, (..., K, O): `product` with it gives the gradient of the input."""
+    plain = weight(w)
+    return plain, Quantized(plain.values.mT, plain.scale.mT, WEIGHT_BLOCK)
+
+
 def again_along_tokens(x_RC: Quantized) -> Quantized:
     """Tiles of 128 x 1 of what was kept in tiles of 1 x 128: a second rounding, which the paper takes too."""
     return along_tokens(x_RC.dequantized())

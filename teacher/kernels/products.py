@@ -8,8 +8,6 @@ Shapes as in teacher.fp8_products.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +16,18 @@ from teacher.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK
 from teacher.fp8_products import TOKEN_BLOCK, Quantized
 from teacher.kernels.grouped_gemm import grouped_gemm
 from teacher.kernels.operands import Fp8, Groups
-from teacher.kernels.quantize import quantize_activations, quantize_activations_transposed, quantize_weights
+from teacher.kernels.quantize import (
+    quantize_activations,
+    quantize_activations_both_ways,
+    quantize_activations_transposed,
+    quantize_weights,
+    quantize_weights_both_ways,
+    requantize_transposed,
+)
 from teacher.kernels.weight_gemm import grouped_weight_gemm
+
+_TILES = 264  # of 128 x 256 of a weight's gradient, 2 for each multiprocessor: tokens are cut into so many parts
+_LEAST_BLOCKS = 8  # of 128 tokens in a part
 
 
 def along_columns(x_RC: Tensor) -> Quantized:
@@ -31,10 +39,18 @@ def along_tokens(x_RC: Tensor) -> Quantized:
     return Quantized(*quantize_activations_transposed(x_RC.contiguous()), TOKEN_BLOCK)
 
 
+def both_ways(x_RC: Tensor) -> tuple[Quantized, Quantized]:
+    plain, turned = quantize_activations_both_ways(x_RC.contiguous())
+    return Quantized(*plain, ACTIVATION_BLOCK), Quantized(*turned, TOKEN_BLOCK)
+
+
+def weight_both(w: Tensor) -> tuple[Quantized, Quantized]:
+    plain, turned = quantize_weights_both_ways(w.contiguous())
+    return Quantized(*plain, WEIGHT_BLOCK), Quantized(*turned, WEIGHT_BLOCK)
+
+
 def again_along_tokens(x_RC: Quantized) -> Quantized:
-    rows, columns = x_RC.values.shape
-    padded = F.pad(x_RC.values.float(), (0, -columns % 128)).view(rows, -1, 128)
-    return along_tokens((padded * x_RC.scale.unsqueeze(-1)).view(rows, -1)[:, :columns])
+    return Quantized(*requantize_transposed(*x_RC[:2]), TOKEN_BLOCK)
 
 
 def weight(w: Tensor) -> Quantized:
@@ -51,8 +67,14 @@ def input_product(dy_NO: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tens
 
 
 def weight_product(dy_NO: Quantized, x_NK: Quantized) -> Tensor:
-    groups = _all_rows(dy_NO.values.shape[1], dy_NO.values.device)
-    return grouped_weight_gemm(Fp8(*dy_NO[:2]), Fp8(*x_NK[:2]), groups)[0]
+    """In parts of the tokens, as many as keep the chip busy, as if they were experts; then their sum."""
+    (outputs, tokens), inputs = dy_NO.values.shape, x_NK.values.shape[0]
+    parts = max(1, _TILES // max(1, -(-outputs // 128) * -(-inputs // 256)))
+    each = max(_LEAST_BLOCKS, -(-tokens // (128 * parts)))
+    start = torch.arange(0, max(1, tokens), each * 128, dtype=torch.int32, device=dy_NO.values.device)
+    groups = Groups(start, (tokens - start).clamp_(max=each * 128))
+    found = grouped_weight_gemm(Fp8(*dy_NO[:2]), Fp8(*x_NK[:2]), groups, whole=tokens % 128 == 0)
+    return found[0] if len(found) == 1 else found.sum(0)
 
 
 def grouped_product(x_RK: Quantized, w_EOK: Quantized, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,7 +86,7 @@ def grouped_input_product(dy_RO: Quantized, w_EOK: Quantized, ends_E: Tensor, dt
 
 
 def grouped_weight_product(dy_RO: Quantized, x_RK: Quantized, ends_E: Tensor) -> Tensor:
-    return grouped_weight_gemm(Fp8(*dy_RO[:2]), Fp8(*x_RK[:2]), _groups(ends_E))
+    return grouped_weight_gemm(Fp8(*dy_RO[:2]), Fp8(*x_RK[:2]), _groups(ends_E), whole=True)
 
 
 def _product(x: Quantized, w_EOK: Tensor, scale_EOK: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
@@ -77,7 +99,7 @@ def _groups(ends_E: Tensor) -> Groups:
     return Groups(start_E, ends_E - start_E)
 
 
-@functools.lru_cache(maxsize=64)
 def _all_rows(rows: int, device: torch.device) -> Groups:
-    count = torch.tensor([rows], dtype=torch.int32, device=device)
-    return Groups(torch.zeros_like(count), count)
+    """One expert with all rows. Filled on the device: a copy from the host could not be captured in a CUDA graph."""
+    start = torch.zeros(1, dtype=torch.int32, device=device)
+    return Groups(start, torch.full_like(start, rows))

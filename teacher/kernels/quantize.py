@@ -5,10 +5,13 @@ Floors, for R rows and C columns of bf16: R C (2 + 1) bytes and 4 R C / 128 for 
 here reads each value once and keeps it in registers while the block's maximum is found.
 
 Exactness. scale = amax / 448 is a true division; value / scale is Markstein's: with r the rounded reciprocal of the
-block's scale, q = x r and q + r (x - q scale) is the correctly rounded quotient, three instructions instead of the ten
-of a division. Maxima are taken over the integers that the absolute values' bits are, which orders them the same and,
-unlike a maximum of floats, keeps NaN. Under the interpreter, whose casts to e4m3 round otherwise and do not saturate,
-the code is put together from the bits.
+block's scale, q = x r and q - r (q scale - x) is the correctly rounded quotient, three instructions instead of the ten
+of a division, and a zero keeps its sign. Where a scale is so small that the remainder would be less than any number of
+fp32, both are lifted first; by a scale of infinity, values are divided as by IEEE's rules. Maxima are taken over the
+integers that the absolute values' bits are, which orders them the same and, unlike a maximum of floats, keeps NaN.
+Under the interpreter, whose casts to e4m3 round otherwise and do not saturate, the code is put together from the bits.
+
+The kernels in CUDA (`casts_cuda`) go first where they run; those in Triton, here, take every shape and device.
 
 Shapes: R rows, C columns, E matrices in a stack; r, c = ceil(R / 128), ceil(C / 128).
 """
@@ -21,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teacher.fp8 import FP8
+from teacher.kernels import casts_cuda
 from teacher.kernels.arguments import INTERPRETED, multiprocessors, same_device, take
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,9 +53,13 @@ def magnitude(x):
 def encode(x, scale, INTERPRETED: tl.constexpr):
     """x / scale in e4m3, rounded to nearest even, saturating."""
     if not INTERPRETED:
-        reciprocal = tl.div_rn(1.0, scale)
+        lift = tl.where(scale < 8.077935669463161e-28, 18446744073709551616.0, 1.0)  # 2^-90, 2^64
+        divisor = tl.where(scale == float("inf"), 0.0, scale * lift)
+        reciprocal = tl.where(scale == float("inf"), 0.0, tl.div_rn(1.0, scale * lift))
+        x *= lift
         quotient = x * reciprocal
-        quotient = tl.fma(tl.fma(-quotient, scale, x), reciprocal, quotient)
+        # Times -1, since Triton's minus is 0 - x, which loses the sign of a zero.
+        quotient = tl.fma(tl.fma(quotient, divisor, x * -1.0), reciprocal * -1.0, quotient)
         return quotient.to(tl.float8e4nv)
     quotient = tl.div_rn(x, scale)
     bits = quotient.to(tl.int32, bitcast=True)
@@ -89,11 +97,14 @@ def _rows_kernel(
 
 @triton.jit
 def _blocks_kernel(
-    x, x_matrix, x_stride, values, scales, R, C, tiles,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    x, x_matrix, x_stride, x_scales, x_scale_row, x_scale_column, values, scales, R, C, tiles,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, SCALED: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of 128 x WIDTH, taken in turn: a scale for all of one, or (COLUMNS) one for each of its columns."""
+    """Tiles of 128 x WIDTH, taken in turn: a scale for all of one, or (COLUMNS) one for each of its columns.
+
+    SCALED: x is itself in FP8, in tiles of 1 x 128.
+    """
     down, across = tl.cdiv(R, _BLOCK), tl.cdiv(C, WIDTH)
     for index in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=STAGES):
         tile = index % (down * across)
@@ -103,6 +114,9 @@ def _blocks_kernel(
         inside = (row < R)[:, None] & (column < C)[None, :]
         place = x + matrix * x_matrix + row.to(tl.int64)[:, None] * x_stride + column[None, :]
         found = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            by = x_scales + row.to(tl.int64) * x_scale_row + tile_column * WIDTH // _BLOCK * x_scale_column
+            found *= tl.load(by, mask=row < R, other=0.0)[:, None]
         largest = tl.max(magnitude(found), axis=0)
         if COLUMNS:
             scale = block_scale(largest, POWER_OF_TWO)
@@ -136,11 +150,12 @@ def quantize_activations(
         take("row_source_R", row_source_R, (torch.int32,), (1,), contiguous=True)
         same_device(x_NC=x_NC, row_source_R=row_source_R)
         rows = len(row_source_R)
-    values = torch.empty(rows, columns, dtype=FP8, device=x_NC.device)
-    scale_stride = max(1, -(-rows // 4) * 4)  # whole 16-byte units
-    scales_cR = torch.empty(-(-columns // 128), scale_stride, dtype=torch.float32, device=x_NC.device)
-    scales = scales_cR[:, :rows].t()
+    values, scales = _empty_rows(rows, columns, x_NC.device)
+    scale_stride = scales.stride(1)
     if values.numel() == 0:
+        return values, scales
+    if casts_cuda.takes(x_NC, transposed=False):
+        casts_cuda.rows(x_NC, row_source_R, values, scales, scale_stride, power_of_two)
         return values, scales
     few = rows < 512
     tile_rows, tile_blocks = (1, 8) if few else (8, 4)
@@ -157,10 +172,43 @@ def quantize_activations_transposed(x_RC: Tensor, power_of_two: bool = False) ->
     """`quantize(x_RC.t(), (1, 128))`: tiles of 128 x 1, values (C, R) and scales (C, r). For a backward's products,
     whose inner dimension are the rows (tokens)."""
     take("x_RC", x_RC, _FLOATS, (2,))
-    rows, columns = x_RC.shape
-    values = torch.empty(columns, rows, dtype=FP8, device=x_RC.device)
-    scales = torch.empty(-(-rows // 128), columns, dtype=torch.float32, device=x_RC.device).t()
+    values, scales = _empty_columns(x_RC)
+    if x_RC.numel() and casts_cuda.takes(x_RC, transposed=True):
+        casts_cuda.transposed(x_RC, casts_cuda.COLUMNS, values, scales, None, None, 0, power_of_two)
+        return values, scales
     _launch_blocks(x_RC, values, scales, columns_alone=True, transposed=True, power_of_two=power_of_two)
+    return values, scales
+
+
+def quantize_activations_both_ways(
+    x_RC: Tensor, power_of_two: bool = False
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`quantize_activations` and `quantize_activations_transposed`, in CUDA from one read of x."""
+    take("x_RC", x_RC, _FLOATS, (2,))
+    if not x_RC.numel() or not casts_cuda.takes(x_RC, transposed=True):
+        return quantize_activations(x_RC, power_of_two=power_of_two), quantize_activations_transposed(
+            x_RC, power_of_two
+        )
+    plain, turned = _empty_rows(*x_RC.shape, x_RC.device), _empty_columns(x_RC)
+    casts_cuda.transposed(x_RC, casts_cuda.BOTH_WAYS, *turned, *plain, plain[1].stride(1), power_of_two)
+    return plain, turned
+
+
+def requantize_transposed(values_RC: Tensor, scales_Rc: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """`quantize_activations_transposed` of what lies in tiles of 1 x 128, its products with the scales rounded to fp32:
+    values (C, R) and scales (C, r) in one pass, a byte read and one written for a value."""
+    take("values_RC", values_RC, (FP8,), (2,), contiguous=True)
+    rows, columns = values_RC.shape
+    wanted = [rows, -(-columns // 128)]
+    if scales_Rc.dtype != torch.float32 or list(scales_Rc.shape) != wanted:
+        found = f"{scales_Rc.dtype} of shape {list(scales_Rc.shape)}"
+        raise ValueError(f"scales_Rc is {found}; taken: float32 of shape {wanted}")
+    same_device(values_RC=values_RC, scales_Rc=scales_Rc)
+    values, scales = _empty_columns(values_RC)
+    if values.numel() and casts_cuda.takes(values_RC, transposed=True):
+        casts_cuda.again(values_RC, scales_Rc, values, scales, power_of_two)
+    else:
+        _launch_blocks(values_RC, values, scales, True, True, power_of_two, scales_Rc)
     return values, scales
 
 
@@ -171,19 +219,53 @@ def quantize_weights(w_ERC: Tensor, power_of_two: bool = False, transposed: bool
     the gradient of the inputs needs, since FP8 products take both operands with the inner dimension last.
     """
     take("w_ERC", w_ERC, _FLOATS, (2, 3))
-    rows, columns = w_ERC.shape[-2:]
-    shape = (columns, rows) if transposed else (rows, columns)
-    values = torch.empty(*w_ERC.shape[:-2], *shape, dtype=FP8, device=w_ERC.device)
-    scales = torch.empty(
-        *w_ERC.shape[:-2], *(-(-size // 128) for size in shape), dtype=torch.float32, device=w_ERC.device
-    )
-    _launch_blocks(w_ERC, values, scales, columns_alone=False, transposed=transposed, power_of_two=power_of_two)
+    values, scales = _empty_blocks(w_ERC, transposed)
+    if w_ERC.numel() and casts_cuda.takes(w_ERC, transposed):
+        if transposed:
+            casts_cuda.transposed(w_ERC, casts_cuda.BLOCKS, values, scales, None, None, 0, power_of_two)
+        else:
+            casts_cuda.blocks(w_ERC, values, scales, power_of_two)
+    else:
+        _launch_blocks(w_ERC, values, scales, columns_alone=False, transposed=transposed, power_of_two=power_of_two)
     return values, scales
 
 
+def quantize_weights_both_ways(
+    w_ERC: Tensor, power_of_two: bool = False
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`quantize_weights` as they lie and transposed, in CUDA from one read of w."""
+    take("w_ERC", w_ERC, _FLOATS, (2, 3))
+    if not w_ERC.numel() or not casts_cuda.takes(w_ERC, transposed=True):
+        return quantize_weights(w_ERC, power_of_two), quantize_weights(w_ERC, power_of_two, transposed=True)
+    plain, turned = _empty_blocks(w_ERC, False), _empty_blocks(w_ERC, True)
+    casts_cuda.transposed(w_ERC, casts_cuda.BLOCKS_TWICE, *turned, *plain, 0, power_of_two)
+    return plain, turned
+
+
+def _empty_rows(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    scale_stride = max(1, -(-rows // 4) * 4)  # whole 16-byte units
+    scales_cR = torch.empty(-(-columns // 128), scale_stride, dtype=torch.float32, device=device)
+    return torch.empty(rows, columns, dtype=FP8, device=device), scales_cR[:, :rows].t()
+
+
+def _empty_columns(x_RC: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = x_RC.shape
+    scales_rC = torch.empty(-(-rows // 128), columns, dtype=torch.float32, device=x_RC.device)
+    return torch.empty(columns, rows, dtype=FP8, device=x_RC.device), scales_rC.t()
+
+
+def _empty_blocks(w_ERC: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    *stack, rows, columns = w_ERC.shape
+    shape = (columns, rows) if transposed else (rows, columns)
+    values = torch.empty(*stack, *shape, dtype=FP8, device=w_ERC.device)
+    blocks = [-(-size // 128) for size in shape]
+    return values, torch.empty(*stack, *blocks, dtype=torch.float32, device=w_ERC.device)
+
+
 def _launch_blocks(
-    x: Tensor, values: Tensor, scales: Tensor, columns_alone: bool, transposed: bool, power_of_two: bool
-) -> None:
+    x: Tensor, values: Tensor, scales: Tensor, columns_alone: bool, transposed: bool, power_of_two: bool,
+    x_scales: Tensor | None = None,
+) -> None:  # fmt: skip
     if x.numel() == 0:
         return
     rows, columns = x.shape[-2:]
@@ -191,8 +273,10 @@ def _launch_blocks(
     tiles = matrices * -(-rows // 128) * -(-columns // width)
     # Measured on an H200: a few programs with loads under way pay where tiles are stored as they lie; else one a tile.
     programs = tiles if transposed else min(tiles, 2 * multiprocessors(x.device))
+    scale_strides = (0, 0) if x_scales is None else x_scales.stride()
     _blocks_kernel[(programs,)](
-        x, x.stride(0) if x.dim() == 3 else 0, x.stride(-2), values, scales, rows, columns, tiles, WIDTH=width,
-        COLUMNS=columns_alone, TRANSPOSED=transposed, POWER_OF_TWO=power_of_two, PROGRAMS=programs,
-        STAGES=1 if transposed else 3, INTERPRETED=INTERPRETED, num_warps=1 if columns_alone else 4,
+        x, x.stride(0) if x.dim() == 3 else 0, x.stride(-2), x_scales, *scale_strides, values, scales, rows, columns,
+        tiles, WIDTH=width, COLUMNS=columns_alone, TRANSPOSED=transposed, SCALED=x_scales is not None,
+        POWER_OF_TWO=power_of_two, PROGRAMS=programs, STAGES=1 if transposed else 3, INTERPRETED=INTERPRETED,
+        num_warps=1 if columns_alone else 4,
     )  # fmt: skip
