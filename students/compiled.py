@@ -29,10 +29,13 @@ def compilation(asked: str | None, accelerator: "Accelerator", steps: int) -> st
     return "layers" if accelerator.device.type == "cuda" and whole and steps >= WORTH_COMPILING else "off"
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Compile each decoder layer of a transformers model in place. Raises ValueError if it has none."""
     for layer in decoder_layers(model):
         layer.compile(dynamic=True, backend=backend)
+    if not model.get_input_embeddings().weight.requires_grad:
+        # Else the first layer alone, whose input needs no gradient, would be compiled once more (half a minute).
+        model.enable_input_require_grads()
 
 
 def recompute_layers(model: Any) -> None:

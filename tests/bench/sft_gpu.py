@@ -1,6 +1,6 @@
 """Speed of fine-tuning on a GPU: our loop and its peers on examples alike, as a share of the GPU's rate.
 
-    python -m tests.bench.sft_gpu [full-1.5b] [lora-7b] [--sides ours …] [--tokens 16384] [--steps 6] [--out FILE]
+    python -m tests.bench.sft_gpu [full-1.5b] [lora-7b:ours,trl …] [--sides ours …] [--tokens 16384] [--out FILE]
     python -m tests.bench.sft_gpu full-tiny --device cpu --tokens 512   # a rehearsal
 
 Weights are random in the shapes of Qwen2.5-1.5B and 7B, tokens too; examples have lengths as R1's traces have
@@ -264,8 +264,9 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}; bf16 product {rate / 1e12:.0f} TFLOP/s")
     found = []
     for run in args.runs:
+        run, _, sides = run.partition(":")
         method, _, shape = run.partition("-")
-        for side in args.sides:
+        for side in sides.split(",") if sides else args.sides:
             began = time.perf_counter()
             profile = StepProfile() if args.profile else None
             lora = method == "lora"

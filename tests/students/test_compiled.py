@@ -40,9 +40,10 @@ def gradients(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("base", ["qwen", "llama"])
-@pytest.mark.parametrize("how", ["recompute", "compile", "both"])
+@pytest.mark.parametrize("how", ["recompute", "compile"])
 def test_gradients_and_names_stay(base: str, method: str, how: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(base)
+    how = "both" if (base, how) == ("llama", "compile") else how
     expected = gradients(opened(folder, method), folder)
     model = opened(folder, method)
     names = list(model.state_dict())
@@ -58,10 +59,11 @@ def test_gradients_and_names_stay(base: str, method: str, how: str, request: pyt
         torch.testing.assert_close(found[name], gradient, atol=1e-6 * float(gradient.abs().max()), rtol=1e-5)
 
 
-def test_lengths_are_symbols_in_compiled_layers(qwen: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_one_graph_serves_all_layers_and_lengths(qwen: Path, method: str) -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    model = opened(qwen, "full")
+    model = opened(qwen, method)
     compile_layers(model, backend="aot_eager")
     examples = build_examples(rows(30), AutoTokenizer.from_pretrained(qwen), 200).examples
     for count in (3, 5, 8, 12, 16):
