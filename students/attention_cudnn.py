@@ -11,6 +11,7 @@ Legend: N tokens of the row, E examples, H query heads, K key/value heads, D hea
 
 import functools
 import importlib.util
+import logging
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_log = logging.getLogger(__name__)
 LEAST_EXAMPLES, LEAST_TOKENS = 8, 1024
 
 
@@ -55,8 +57,18 @@ class _Shape:
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
-    """Whether the package is there, and the GPU one that its kernels are for (Hopper or later)."""
-    return importlib.util.find_spec("cudnn") is not None and torch.cuda.get_device_capability() >= (9, 0)
+    """Whether the package is there, and the GPU one that its kernels are for (Hopper or later). Logged once."""
+    return _available()
+
+
+@functools.cache
+def _available() -> bool:
+    if torch.cuda.get_device_capability() < (9, 0):
+        return False
+    found = importlib.util.find_spec("cudnn") is not None
+    missing = "torch's flash attention 2 (nvidia-cudnn-frontend, our extra gpu, is not installed: twice as slow)"
+    _log.info("packed rows attend through %s", "cuDNN" if found else missing)
+    return found
 
 
 def serves(query: Tensor, value: Tensor) -> bool:

@@ -9,6 +9,7 @@ Legend: K positions with a target, C of them in a chunk, D hidden size, V vocabu
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from students.packing import IGNORED
 
+_log = logging.getLogger(__name__)
 PLAIN_LOGITS = 1 << 27  # up to so many (0.5 GiB in float32) the logits are simply made
 CHUNK_LOGITS = 1 << 30  # most logits held at a time (2 GiB in bfloat16)
 
@@ -43,7 +45,7 @@ def large_head(model: nn.Module, positions: int) -> nn.Linear | None:
 
     The layer must be a matrix product and nothing else. None for sharded weights (FSDP gathers them only for the
     model's own forward pass), for a head with a bias or with adapters, and for models that do something to the logits
-    afterwards (Gemma's cap, Cohere's scale), which is found out with one token.
+    afterwards (Gemma's cap, Cohere's scale), which is found out with one token; the reason is logged once.
     """
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -51,12 +53,25 @@ def large_head(model: nn.Module, positions: int) -> nn.Linear | None:
     if positions * getattr(config, "vocab_size", 0) <= PLAIN_LOGITS:
         return None
     found = getattr(model, "get_output_embeddings", lambda: None)()
-    if type(found) is not nn.Linear or found.bias is not None or type(found.weight) is not nn.Parameter:
+    if found is None:
         return None
-    if not hasattr(found, "_makes_the_logits"):
-        sharded = any(type(module).__name__.startswith("FullyShardedDataParallel") for module in model.modules())
-        found._makes_the_logits = not sharded and _makes_the_logits(model, found)
-    return found if found._makes_the_logits else None
+    if not hasattr(found, "_reason_against_chunks"):
+        found._reason_against_chunks = reason = _reason_against(model, found)
+        if reason:
+            _log.warning("all logits are held at once: %s", reason)
+    return None if found._reason_against_chunks else found
+
+
+def _reason_against(model: nn.Module, head: nn.Module) -> str:
+    if any(type(module).__name__.startswith("FullyShardedDataParallel") for module in model.modules()):
+        return "the weights are sharded (FSDP)"
+    if type(head) is not nn.Linear:
+        return f"the head is a {type(head).__name__}"
+    if type(head.weight) is not nn.Parameter:
+        return "the head's weight is sharded"
+    if head.bias is not None:
+        return "the head has a bias"
+    return "" if _makes_the_logits(model, head) else "the model does more to its logits than to multiply"
 
 
 def _same(hidden: Tensor) -> Tensor:

@@ -123,7 +123,9 @@ def test_ignored_targets_count_nothing(chunked: None) -> None:
     assert (hidden.grad[::3] == 0).all() and (hidden.grad[1] != 0).all()
 
 
-def test_head_is_left_alone_where_it_is_not_a_plain_product(qwen: Path, chunked: None) -> None:
+def test_head_is_left_alone_where_it_is_not_a_plain_product(
+    qwen: Path, chunked: None, caplog: pytest.LogCaptureFixture
+) -> None:
     class Capped(nn.Module):
         def __init__(self, inner: Any) -> None:
             super().__init__()
@@ -141,7 +143,11 @@ def test_head_is_left_alone_where_it_is_not_a_plain_product(qwen: Path, chunked:
     biased.lm_head = nn.Linear(biased.config.hidden_size, biased.config.vocab_size)
     assert large_head(biased, 10) is None
     adapted = add_adapters(opened(qwen), Lora(r=2, target_modules=("lm_head", "q_proj")))
-    assert large_head(adapted, 10) is None
+    assert large_head(adapted, 10) is None and large_head(adapted, 10) is None
+    reasons = [record.getMessage().split(": ")[1] for record in caplog.records]
+    assert reasons == [
+        "the model does more to its logits than to multiply", "the head has a bias", "the head is a Linear",
+    ]  # fmt: skip
 
 
 def test_small_logits_are_simply_made(qwen: Path) -> None:
