@@ -96,20 +96,22 @@ class _Arrange(torch.autograd.Function):
         return grad_RH.index_select(0, row_NK.flatten()).unflatten(0, row_NK.shape).sum(1), None, None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Each pair's row of the layout; the other rows, whatever they hold, have no gradient."""
+class _Combine(torch.autograd.Function):
+    """Each token's rows, weighted and summed. Its gradient goes to rows as rows: as a product of a token's weights and
+    its gradient, K x 1 by 1 x H, it took an eighth of a step. Rows that no pair has get none, whatever they hold."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, row_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(row_NK)
-        ctx.rows = len(rows_RH)
-        return rows_RH.index_select(0, row_NK.flatten()).unflatten(0, row_NK.shape)
+    def forward(ctx: Any, rows_RH: Tensor, weights_NK: Tensor, token_R: Tensor, row_NK: Tensor) -> Tensor:
+        out_NKH = rows_RH.index_select(0, row_NK.flatten()).unflatten(0, row_NK.shape)
+        ctx.save_for_backward(out_NKH, weights_NK, token_R, row_NK)
+        return torch.bmm(weights_NK.unsqueeze(1), out_NKH).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_NKH: Tensor) -> tuple[Tensor, None]:
-        (row_NK,) = ctx.saved_tensors
-        grad_RH = grad_NKH.new_zeros(ctx.rows, grad_NKH.shape[-1])
-        return grad_RH.index_copy_(0, row_NK.flatten(), grad_NKH.flatten(0, 1)), None
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        out_NKH, weights_NK, token_R, row_NK = ctx.saved_tensors
+        weights_R = weights_NK.new_zeros(len(token_R)).index_copy_(0, row_NK.flatten(), weights_NK.flatten())
+        grad_RH = grad_NH.index_select(0, token_R).mul_(weights_R.unsqueeze(1))
+        return grad_RH, torch.bmm(out_NKH, grad_NH.unsqueeze(2)).squeeze(2), None, None
 
 
 def arrange(x_NH: Tensor, layout: Layout, blank: bool = False) -> Tensor:
@@ -124,12 +126,14 @@ def arrange(x_NH: Tensor, layout: Layout, blank: bool = False) -> Tensor:
     return rows_RH if used_R is None else rows_RH * used_R.unsqueeze(1)
 
 
-def collect(rows_RH: Tensor, layout: Layout) -> Tensor:
-    """(N, K, H): the row of each (token, expert) pair."""
+def combine(rows_RH: Tensor, weights_NK: Tensor, layout: Layout) -> Tensor:
+    """Sum over each token's pairs of weight * row, (N, H)."""
+    weights_NK = weights_NK.to(rows_RH.dtype)
     if shapes.fixed(rows_RH) and torch.is_grad_enabled():
-        out_NKH: Tensor = _Collect.apply(rows_RH, layout.row_NK)
-        return out_NKH
-    return rows_RH.index_select(0, layout.row_NK.flatten()).unflatten(0, layout.row_NK.shape)
+        sum_NH: Tensor = _Combine.apply(rows_RH, weights_NK, layout.token_R, layout.row_NK)
+        return sum_NH
+    out_NKH = rows_RH.index_select(0, layout.row_NK.flatten()).unflatten(0, layout.row_NK.shape)
+    return torch.bmm(weights_NK.unsqueeze(1), out_NKH).squeeze(1)
 
 
 def grouped_experts(
@@ -148,12 +152,10 @@ def grouped_experts(
         x_NH, gate_up_E2IH, down_EHI = x_NH.to(dtype), gate_up_E2IH.to(dtype), down_EHI.to(dtype)
     multiple = 64 if device == "cpu" and x_NH.dtype == torch.bfloat16 else 1
     layout = expert_layout(indices_NK, gate_up_E2IH.shape[0], multiple)
-    gate_RI, up_RI = F.grouped_mm(arrange(x_NH, layout), gate_up_E2IH.transpose(1, 2), offs=layout.ends_E).chunk(
-        2, dim=-1
-    )
+    rows_RH = arrange(x_NH, layout)
+    gate_RI, up_RI = F.grouped_mm(rows_RH, gate_up_E2IH.transpose(1, 2), offs=layout.ends_E).chunk(2, dim=-1)
     out_RH = F.grouped_mm(F.silu(gate_RI) * up_RI, down_EHI.transpose(1, 2), offs=layout.ends_E)
-    out_NKH = collect(out_RH, layout)
-    return torch.bmm(weights_NK.to(out_NKH.dtype).unsqueeze(1), out_NKH).squeeze(1)
+    return combine(out_RH, weights_NK, layout)
 
 
 def reference_experts(

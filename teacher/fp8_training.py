@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from teacher import fp8_products as emulated
 from teacher.checkpoint import is_fp8_matrix
-from teacher.experts import Experts, arrange, collect, expert_layout
+from teacher.experts import Experts, arrange, combine, expert_layout
 from teacher.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK
 from teacher.fp8_products import Quantized
 from teacher.routing import Routing
@@ -121,8 +121,7 @@ def experts(x_NH: Tensor, routing: Routing, gate_up_E2IH: Tensor, down_EHI: Tens
         layout = expert_layout(routing.indices_NK, gate_up_E2IH.shape[0], _TILE)
         gate_RI, up_RI = _Grouped.apply(arrange(x_NH, layout, blank=True), gate_up_E2IH, layout.ends_E).chunk(2, dim=-1)
         out_RH = _Grouped.apply(F.silu(gate_RI) * up_RI, down_EHI, layout.ends_E)
-        out_NKH = collect(out_RH, layout)
-        return torch.bmm(routing.weights_NK.to(out_NKH.dtype).unsqueeze(1), out_NKH).squeeze(1)
+        return combine(out_RH, routing.weights_NK, layout)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -145,20 +144,27 @@ class Fp8Experts(Experts):
         return experts(x_NH, routing, self.gate_up_proj, self.down_proj)
 
 
+def _check_sizes(name: str, module: nn.Module) -> None:
+    for parameter in module.parameters():
+        rows, columns = parameter.shape[-2:] if parameter.dim() > 1 else (16, 16)  # a bias
+        if (rows % 16 or columns % 16) and not emulates(parameter.device):
+            raise ValueError(f"{name} has a matrix of {rows} x {columns}; FP8 products take multiples of 16 on a GPU")
+
+
 @contextmanager
 def fp8_products(model: nn.Module) -> Iterator[None]:
     """Within, the model's projections multiply in FP8: those that an FP8 checkpoint stores so (`is_fp8_matrix`).
 
     Modules change their class and nothing else, so that parameters, their names and an optimizer's hold on them stay.
+    ValueError if the kernels cannot take a size.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and is_fp8_matrix(name + ".weight"):
-            changed.append((module, nn.Linear))
-            module.__class__ = Fp8Linear
-        elif type(module) is Experts:
-            changed.append((module, Experts))
-            module.__class__ = Fp8Experts
+        if (type(module) is nn.Linear and is_fp8_matrix(name + ".weight")) or type(module) is Experts:
+            _check_sizes(name, module)
+            changed.append((module, type(module)))
+    for module, own in changed:
+        module.__class__ = Fp8Linear if own is nn.Linear else Fp8Experts
     try:
         yield
     finally:

@@ -70,6 +70,9 @@ class StepRecorder:
         self._names: list[str] = []
         self._shapes: list[torch.Size] = []
         self._inputs: StepInputs | None = None
+        # Recorded on a stream of its own: cuBLAS has a workspace for each stream that it is called on, and graphs that
+        # were recorded on one stream would write to the same one when they are replayed side by side.
+        self._stream = torch.cuda.Stream(device)
 
     def step(self, objective: Objective, batch: StepBatch, rate: float) -> dict[str, Tensor]:
         """One step. The figures are the caller's: a later step does not overwrite them."""
@@ -97,7 +100,7 @@ class StepRecorder:
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on with their own work on the device.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             figures = self._run()
             self._figures = torch.cat([figure.float().reshape(-1) for figure in figures.values()])
         self._names, self._shapes = list(figures), [figure.shape for figure in figures.values()]

@@ -8,7 +8,7 @@
 alone: a machine with a GPU may have nothing else. `run` trains with each seed (weights and order of the examples) in
 bf16 and in FP8 with bf16 averages, and compares, FP8 against bf16 of the same seed and bf16 over its seeds:
 
-  train      mean loss of the last fifth of the steps
+  train      mean loss of the last fifth of the steps, and of all (how fast it falls)
   held out   loss of the final weights, computed in bf16 on both sides, on 256,000 tokens that no run saw
 
 DeepSeek-V3 (section 3.3) reports less than 0.25%. `--again` adds what the comparison cannot see below: each bf16 run
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -81,6 +82,8 @@ def train_one(args: argparse.Namespace, kind: str, seed: int) -> None:
             for parameter in model.parameters():
                 parameter.mul_(1 + 1e-6)
     out = args.out / f"{kind}-{seed}"
+    if kind == "fp8" and args.jobs > 1:
+        wait_for_others(args)
     with torch.cuda.stream(torch.cuda.Stream()) if args.device == "cuda" else nullcontext():
         model.to(args.device)
         began = time.perf_counter()
@@ -89,6 +92,14 @@ def train_one(args: argparse.Namespace, kind: str, seed: int) -> None:
     figures = {"held_out": loss, "tokens": result.tokens, "seconds": time.perf_counter() - began}
     (out / "end.json").write_text(json.dumps(figures) + "\n")
     print(f"{kind}-{seed}: held out {loss:.5f}, {result.steps} steps, {figures['seconds']:.0f} s", flush=True)
+
+
+def wait_for_others(args: argparse.Namespace) -> None:
+    """Until the runs in bf16 are on their way: the first step in FP8 compiles kernels, and nobody records meanwhile."""
+    logs = [args.out / run.replace(":", "-") / "training_log.jsonl" for run in args.runs.split(",") if "fp8" not in run]
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not all(log.exists() and log.stat().st_size for log in logs):
+        time.sleep(0.1)
 
 
 def held_out_loss(model: Any, example: Any, seq_len: int) -> float:
@@ -116,7 +127,7 @@ def held_out_loss(model: Any, example: Any, seq_len: int) -> float:
 def run(args: argparse.Namespace) -> None:
     """All runs, then the comparison of the steps that all reached."""
     kinds = ["bf16", "fp8"] + (["again"] if args.again else [])
-    wanted = [(kind, seed) for seed in range(args.seeds) for kind in kinds]
+    wanted = [(kind, seed) for kind in kinds for seed in range(args.seeds)]
     deadline = time.monotonic() + args.minutes * 60
     args.out.mkdir(parents=True, exist_ok=True)
     together = [wanted] if args.device == "cuda" else [[one] for one in wanted]
@@ -156,7 +167,9 @@ def compare(args: argparse.Namespace, kinds: list[str]) -> None:
         for seed in range(args.seeds):
             path = args.out / f"{kind}-{seed}" / "training_log.jsonl"
             rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            if len(rows) >= 20:
+            if any(not math.isfinite(row["loss"]) for row in rows):
+                print(f"{kind}-{seed} has lost its way: see {path}")
+            elif len(rows) >= 20:
                 curves[kind, seed] = rows
     seeds = [seed for seed in range(args.seeds) if all((kind, seed) in curves for kind in kinds)]
     if not seeds:
@@ -169,6 +182,8 @@ def compare(args: argparse.Namespace, kinds: list[str]) -> None:
     print(f"{steps} steps, {figures['tokens']:,} tokens, {figures['device']}")
     ends = {key: statistics.fmean(row["loss"] for row in rows[tail]) for key, rows in curves.items()}
     figures["train"] = pairs("train, last fifth", ends, kinds, seeds)
+    means = {key: statistics.fmean(row["loss"] for row in rows[:steps]) for key, rows in curves.items()}
+    figures["train_all"] = pairs("train, all steps", means, kinds, seeds)
     held = {(k, s): json.loads(path.read_text())["held_out"]
             for k in kinds for s in seeds if (path := args.out / f"{k}-{s}" / "end.json").exists()}  # fmt: skip
     whole = [seed for seed in seeds if all((kind, seed) in held for kind in kinds)]

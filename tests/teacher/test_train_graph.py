@@ -1,6 +1,7 @@
 """Steps that can be recorded: nothing in them asks the device for a number; on a GPU a replay is the step itself."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def gpu_settings(**changes):
 
 
 def gpu_model():
-    return train_toy.model(q_lora_rank=32).to("cuda")  # FP8 products take multiples of 16
+    return train_toy.model(q_lora_rank=32, qk_rope_head_dim=16).to("cuda")  # FP8 products take multiples of 16
 
 
 @on_gpu
@@ -149,6 +150,22 @@ def test_recorded_steps_are_the_steps(changes: dict, tmp_path: Path, capsys) -> 
     assert float((recorded / eager).log().abs().max()) < 0.1
     norms = [curve(tmp_path / str(graphs), "grad_norm")[:4] for graphs in (True, False)]
     torch.testing.assert_close(norms[0], norms[1], rtol=0.02, atol=0)
+
+
+@on_gpu
+def test_runs_side_by_side_on_streams_of_their_own_do_not_touch_each_other(tmp_path: Path) -> None:
+    """Products over many positions into small matrices: cuBLAS splits them, and adds the parts in its workspace."""
+
+    def run(name: str) -> torch.Tensor:
+        changes = {"tokens_per_step": 4096, "micro_tokens": 4096, "seq_len": 512, "total_tokens": 400_000}
+        with torch.cuda.stream(torch.cuda.Stream()):
+            train(gpu_model(), train_toy.example, gpu_settings(optimizer="muon", **changes), tmp_path / name)
+        return curve(tmp_path / name, "grad_norm")
+
+    alone = run("alone")
+    with ThreadPoolExecutor(4) as pool:
+        for norms in pool.map(run, "abcd"):
+            assert float((norms / alone).log()[:20].abs().max()) < 0.05 and norms.isfinite().all()
 
 
 @on_gpu
