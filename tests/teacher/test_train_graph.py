@@ -156,10 +156,13 @@ def test_recorded_steps_are_the_steps(changes: dict, tmp_path: Path, capsys) -> 
 def test_runs_side_by_side_on_streams_of_their_own_do_not_touch_each_other(tmp_path: Path) -> None:
     """Products over many positions into small matrices: cuBLAS splits them, and adds the parts in its workspace."""
 
+    models = {name: gpu_model() for name in ("alone", *"abcd")}  # seeded: one after the other
+    torch.cuda.synchronize()
+
     def run(name: str) -> torch.Tensor:
         changes = {"tokens_per_step": 4096, "micro_tokens": 4096, "seq_len": 512, "total_tokens": 400_000}
         with torch.cuda.stream(torch.cuda.Stream()):
-            train(gpu_model(), train_toy.example, gpu_settings(optimizer="muon", **changes), tmp_path / name)
+            train(models[name], train_toy.example, gpu_settings(optimizer="muon", **changes), tmp_path / name)
         return curve(tmp_path / name, "grad_norm")
 
     alone = run("alone")
