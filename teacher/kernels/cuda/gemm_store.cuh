@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 
+#include "gemm_schedule.cuh"
 #include "hopper.cuh"
 
 namespace gemm {
@@ -14,7 +15,7 @@ enum Kind { BF16, FP32, SWIGLU };
 // Where in a piece the 16 bytes `unit` (0 to 7) of a row lie.
 __device__ __forceinline__ int place(int row, int unit) { return row * 128 + (unit ^ row % 8) * 16; }
 
-// Value (bits) at `offset` as an FP8 code; q is the value divided by `scale`, correctly rounded (Markstein).
+// value / scale, correctly rounded (Markstein), as teacher.kernels.quantize divides.
 __device__ __forceinline__ float divided(float value, float scale, float reciprocal) {
     const float q = value * reciprocal;
     return __fmaf_rn(__fmaf_rn(-q, scale, value), reciprocal, q);
@@ -35,21 +36,21 @@ __device__ __forceinline__ float block_scale(int bits) {
 
 template <Kind KIND>
 struct Output {
-    static constexpr int WIDTH = KIND == BF16 ? 64 : KIND == FP32 ? 32 : 128;  // columns of a piece
-    static constexpr int BYTES = 128 / WIDTH;                                 // of a value
+    static constexpr int BYTES = KIND == BF16 ? 2 : KIND == FP32 ? 4 : 1;  // of a value
 
     const CUtensorMap* map;
     unsigned char* values;
     long columns;
     bool by_tma;       // the map is good
-    uint32_t staging;  // two pieces
+    uint32_t staging;  // two pieces, in turn
     int barrier;       // the warp group's own
+    unsigned pieces = 0;
 
-    // Before a piece is written: its shared memory is free.
-    __device__ uint32_t open(int piece) const {
+    // Before a piece is written: its shared memory is free, as only the piece before may still be read.
+    __device__ uint32_t open() {
         if (threadIdx.x % 128 == 0) hopper::stores_read<1>();
         hopper::named_sync(barrier, 128);
-        return staging + piece % 2 * PIECE;
+        return staging + pieces++ % 2 * PIECE;
     }
 
     // After: out with it. `rows` of the 64 are real.
@@ -58,10 +59,11 @@ struct Output {
         if (whole) hopper::async_fence();
         hopper::named_sync(barrier, 128);
         const int thread = threadIdx.x % 128;
-        if (whole) {
-            if (thread == 0 && column < columns) hopper::store_tile(map, column, static_cast<int>(row), from);
-            return;
+        if (thread == 0) {
+            if (whole && column < columns) hopper::store_tile(map, column, static_cast<int>(row), from);
+            hopper::stores_commit();  // a group for every piece, be it empty: `open` counts them
         }
+        if (whole) return;
         const bool wide = columns * BYTES % 16 == 0 && reinterpret_cast<uint64_t>(values) % 16 == 0;
 #pragma unroll 1
         for (int unit = thread; unit < rows * 8 && unit < 512; unit += 128) {
@@ -145,6 +147,43 @@ __device__ __forceinline__ void put_codes(uint32_t to, const float (&hidden)[64]
             const int within = j % 2 * 8 + lane % 4 * 2;
             asm volatile("st.shared.b16 [%0], %1;" ::"r"(to + place(row + below * 8, j / 2) + within), "h"(both)
                          : "memory");
+        }
+    }
+}
+
+// This thread's sums of a tile, on their way; `local` is its row in the tile, `row` the group's first, in all.
+template <Kind KIND, typename Arguments>
+__device__ __forceinline__ void put_tile(Output<KIND>& output, float (&sums)[2][64], const Tile& tile, long row,
+                                         int rows, int local, const Arguments& a) {
+    uint32_t piece;
+    if constexpr (KIND == SWIGLU) {
+        const int column = tile.column * 128, lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+            const bool inside = column + i / 4 * 8 + lane % 4 * 2 + i % 2 < a.columns;
+            const float gate = sums[0][i];
+            sums[0][i] = inside ? __fdividef(gate, 1.0f + __expf(-gate)) * sums[1][i] : 0.0f;
+        }
+        float scale[2];
+        put_codes(piece = output.open(), sums[0], scale), output.close(piece, row, rows, column);
+        if (lane % 4 == 0 && column < a.columns) {
+            float* at = a.out_scales + tile.column * a.out_scale_stride + tile.row + local;
+            if (local < tile.rows) at[0] = scale[0];
+            if (local + 8 < tile.rows) at[8] = scale[1];
+        }
+    } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int column = tile.column * 256 + half * 128;
+            if constexpr (KIND == BF16) {
+                put_bf16<0>(piece = output.open(), sums[half]), output.close(piece, row, rows, column);
+                put_bf16<8>(piece = output.open(), sums[half]), output.close(piece, row, rows, column + 64);
+            } else {
+                put_fp32<0>(piece = output.open(), sums[half]), output.close(piece, row, rows, column);
+                put_fp32<4>(piece = output.open(), sums[half]), output.close(piece, row, rows, column + 32);
+                put_fp32<8>(piece = output.open(), sums[half]), output.close(piece, row, rows, column + 64);
+                put_fp32<12>(piece = output.open(), sums[half]), output.close(piece, row, rows, column + 96);
+            }
         }
     }
 }

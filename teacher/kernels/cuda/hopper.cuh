@@ -85,10 +85,10 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* map, int column, i
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
                  "r"(row), "r"(from)
                  : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until at most N of this thread's stores still read shared memory.
+// Until at most N of this thread's groups of stores still read shared memory.
 template <int N>
 __device__ __forceinline__ void stores_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
@@ -140,6 +140,15 @@ __device__ __forceinline__ float load_here(const float* at, bool wanted = true) 
         "@wanted ld.global.nc.f32 %0, [%1];\n}"
         : "=f"(value)
         : "l"(at), "r"(static_cast<int>(wanted)));
+    return value;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t to, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
+__device__ __forceinline__ float load_shared(uint32_t from) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
     return value;
 }
 

@@ -68,7 +68,9 @@ def test_many_tiles(many, dtype, shared):
     found = grouped_gemm(x8, w8, groups, out, tile)
     assert relative(found[members], expected[members]) < (5e-4 if dtype == torch.float32 else 3e-3)
     assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found[members], grouped_gemm(x8, w8, groups, tile=tile).to(dtype)[members]) or dtype != out.dtype
+    for _ in range(3):  # the same again and again: nothing is written over while it is still on its way out
+        again = grouped_gemm(x8, w8, groups, torch.full_like(out, float("nan")), tile)
+        assert torch.equal(again[members], found[members])
 
 
 @GPU
