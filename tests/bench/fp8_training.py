@@ -178,7 +178,7 @@ def compare(args: argparse.Namespace, kinds: list[str]) -> None:
     steps = min(len(curves[kind, seed]) for kind in kinds for seed in seeds)
     tail = slice(steps - max(1, steps // 5), steps)
     figures: dict[str, Any] = {"steps": steps, "tokens": curves["bf16", seeds[0]][steps - 1]["tokens"]}
-    figures |= {"device": device(args.device), "mid": args.mid, "seeds": seeds}
+    figures |= {"device": device(args.device), "mid": args.mid, "seeds": seeds, "jobs": args.jobs}
     print(f"{steps} steps, {figures['tokens']:,} tokens, {figures['device']}")
     ends = {key: statistics.fmean(row["loss"] for row in rows[tail]) for key, rows in curves.items()}
     figures["train"] = pairs("train, last fifth", ends, kinds, seeds)
@@ -194,7 +194,11 @@ def compare(args: argparse.Namespace, kinds: list[str]) -> None:
         for kind in kinds
         if steps > 20
     }
-    print("tokens a second, median: " + ", ".join(f"{k} {v:,.0f}" for k, v in figures["tokens_per_second"].items()))
+    beside = f" of a run beside {args.jobs - 1} others" if args.jobs > 1 else ""
+    print(
+        f"tokens a second{beside}, median: "
+        + ", ".join(f"{k} {v:,.0f}" for k, v in figures["tokens_per_second"].items())
+    )
     every = max(1, steps // 300)
     figures["curves"] = {
         f"{kind}-{seed}": [
