@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK
+from teacher.fp8 import ACTIVATION_BLOCK, FP8, WEIGHT_BLOCK
 from teacher.fp8_products import TOKEN_BLOCK, Quantized
 from teacher.kernels.grouped_gemm import grouped_gemm
 from teacher.kernels.operands import Fp8, Groups
@@ -24,9 +24,9 @@ from teacher.kernels.quantize import (
     quantize_weights_both_ways,
     requantize_transposed,
 )
-from teacher.kernels.weight_gemm import grouped_weight_gemm
+from teacher.kernels.weight_gemm import WeightTile, grouped_weight_gemm
 
-_TILES = 264  # of 128 x 256 of a weight's gradient, 2 for each multiprocessor: tokens are cut into so many parts
+_TILES = 528  # of a weight's gradient, 4 for each multiprocessor: tokens are cut into parts until there are so many
 _LEAST_BLOCKS = 8  # of 128 tokens in a part
 
 
@@ -69,11 +69,11 @@ def input_product(dy_NO: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tens
 def weight_product(dy_NO: Quantized, x_NK: Quantized) -> Tensor:
     """In parts of the tokens, as many as keep the chip busy, as if they were experts; then their sum."""
     (outputs, tokens), inputs = dy_NO.values.shape, x_NK.values.shape[0]
-    parts = max(1, _TILES // max(1, -(-outputs // 128) * -(-inputs // 256)))
+    parts = max(1, _TILES // max(1, -(-outputs // WeightTile().rows) * -(-inputs // WeightTile().columns)))
     each = max(_LEAST_BLOCKS, -(-tokens // (128 * parts)))
     start = torch.arange(0, max(1, tokens), each * 128, dtype=torch.int32, device=dy_NO.values.device)
     groups = Groups(start, (tokens - start).clamp_(max=each * 128))
-    found = grouped_weight_gemm(Fp8(*dy_NO[:2]), Fp8(*x_NK[:2]), groups, whole=tokens % 128 == 0)
+    found = grouped_weight_gemm(Fp8(*dy_NO[:2]), Fp8(*x_NK[:2]), groups)
     return found[0] if len(found) == 1 else found.sum(0)
 
 
@@ -86,12 +86,15 @@ def grouped_input_product(dy_RO: Quantized, w_EOK: Quantized, ends_E: Tensor, dt
 
 
 def grouped_weight_product(dy_RO: Quantized, x_RK: Quantized, ends_E: Tensor) -> Tensor:
-    return grouped_weight_gemm(Fp8(*dy_RO[:2]), Fp8(*x_RK[:2]), _groups(ends_E), whole=True)
+    return grouped_weight_gemm(Fp8(*dy_RO[:2]), Fp8(*x_RK[:2]), _groups(ends_E))
 
 
 def _product(x: Quantized, w_EOK: Tensor, scale_EOK: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(x.values.shape[0], w_EOK.shape[1], dtype=dtype, device=x.values.device)
-    return grouped_gemm(Fp8(*x[:2]), Fp8(w_EOK, scale_EOK), groups, out)
+    x_RK = x.values
+    if short := -x_RK.shape[1] % 16:  # TMA's rows begin at multiples of 16 bytes; only a toy's do not
+        x_RK, w_EOK = (F.pad(t.view(torch.uint8), (0, short)).view(FP8) for t in (x_RK, w_EOK))
+    out = torch.empty(len(x_RK), w_EOK.shape[1], dtype=dtype, device=x_RK.device)
+    return grouped_gemm(Fp8(x_RK, x.scale), Fp8(w_EOK, scale_EOK), groups, out)
 
 
 def _groups(ends_E: Tensor) -> Groups:

@@ -186,10 +186,9 @@ def quantize_activations_both_ways(
     """`quantize_activations` and `quantize_activations_transposed`, in CUDA from one read of x."""
     take("x_RC", x_RC, _FLOATS, (2,))
     if not x_RC.numel() or not casts_cuda.takes(x_RC, transposed=True):
-        return quantize_activations(x_RC, power_of_two=power_of_two), quantize_activations_transposed(
-            x_RC, power_of_two
-        )
-    plain, turned = _empty_rows(*x_RC.shape, x_RC.device), _empty_columns(x_RC)
+        return quantize_activations(x_RC, None, power_of_two), quantize_activations_transposed(x_RC, power_of_two)
+    rows, columns = x_RC.shape
+    plain, turned = _empty_rows(rows, columns, x_RC.device), _empty_columns(x_RC)
     casts_cuda.transposed(x_RC, casts_cuda.BOTH_WAYS, *turned, *plain, plain[1].stride(1), power_of_two)
     return plain, turned
 

@@ -13,8 +13,6 @@ Shapes: R rows (tokens), E experts, O and K columns of the layer's output and in
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import NamedTuple
 
 import torch
@@ -24,19 +22,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, dequantize
-from teacher.kernels.arguments import INTERPRETED, same_device, take
+from teacher.kernels.arguments import same_device, take
 from teacher.kernels.operands import Fp8, Groups
 
 
 class WeightTile(NamedTuple):
-    """How a gradient is cut up: `rows` of O by `halves` times `columns` of K."""
+    """How a gradient is cut up."""
 
-    rows: int = 64
-    columns: int = 64
-    halves: int = 2
+    rows: int = 64  # of O
+    columns: int = 128  # of K
     warps: int = 4
     stages: int = 3
     group: int = 8
+    registers: int | None = None  # at most, a thread
 
 
 @triton.jit
@@ -48,26 +46,24 @@ def _only(values, real):
 @triton.jit
 def _weight_kernel(
     dy, x, dy_rows, x_rows, dy_stride, x_stride, dy_scales, x_scales, dy_scale_O, dy_scale_r, x_scale_K, x_scale_r, out,
-    start_E, count_E, outputs, inputs, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr,
-    GROUP: tl.constexpr, TMA: tl.constexpr,
+    start_E, count_E, outputs, inputs, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile (ROWS of O) x (HALVES times COLUMNS of K) of one expert's gradient."""
+    """One tile (ROWS of O) x (COLUMNS of K) of one expert's gradient."""
     BLOCK: tl.constexpr = 128
-    down, across = tl.cdiv(outputs, ROWS), tl.cdiv(inputs, COLUMNS * HALVES)
+    down, across = tl.cdiv(outputs, ROWS), tl.cdiv(inputs, COLUMNS)
     expert, tile = tl.program_id(0) // (down * across), tl.program_id(0) % (down * across)
     first = tile // (GROUP * across) * GROUP
     height = tl.minimum(down - first, GROUP)
     within = tile - first * across
     o_first = (first + within % height) * ROWS
-    k_first = within // height * (COLUMNS * HALVES)
+    k_first = within // height * COLUMNS
     start, count = tl.load(start_E + expert), tl.load(count_E + expert)
     o, k = o_first + tl.arange(0, ROWS), k_first + tl.arange(0, COLUMNS)
-    o_real, k_real, other_real = o < outputs, k < inputs, k + COLUMNS < inputs
+    o_real, k_real = o < outputs, k < inputs
     dy_scale_at = dy_scales + o.to(tl.int64) * dy_scale_O + start // BLOCK * dy_scale_r
     x_scale_at = x_scales + k.to(tl.int64) * x_scale_K + start // BLOCK * x_scale_r
-    other_scale_at = x_scale_at + COLUMNS * x_scale_K
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    other = tl.zeros([ROWS, COLUMNS], tl.float32)
     whole = 0
     if TMA:
         whole = count // BLOCK * BLOCK
@@ -75,22 +71,14 @@ def _weight_kernel(
         some = tl.minimum(whole, 1)
         a_next = tl.load(dy_scale_at, mask=o < outputs * some, other=0.0)
         b_next = tl.load(x_scale_at, mask=k < inputs * some, other=0.0)
-        other_next = b_next
-        if HALVES == 2:
-            other_next = tl.load(other_scale_at, mask=k + COLUMNS < inputs * some, other=0.0)
         for done in tl.range(0, whole, BLOCK):
-            a_scale, b_scale, other_scale = a_next, b_next, other_next
+            a_scale, b_scale = a_next, b_next
             ahead = tl.minimum(done + BLOCK, whole - BLOCK) // BLOCK
             a_next = tl.load(dy_scale_at + ahead * dy_scale_r, mask=o_real, other=0.0)
             b_next = tl.load(x_scale_at + ahead * x_scale_r, mask=k_real, other=0.0)
-            if HALVES == 2:
-                other_next = tl.load(other_scale_at + ahead * x_scale_r, mask=other_real, other=0.0)
             a = dy_rows.load([o_first, start + done])
             b = x_rows.load([k_first, start + done])
             total += tl.dot(a, b.T) * a_scale[:, None] * b_scale[None, :]
-            if HALVES == 2:
-                b = x_rows.load([k_first + COLUMNS, start + done])
-                other += tl.dot(a, b.T) * a_scale[:, None] * other_scale[None, :]
     token = tl.arange(0, BLOCK)
     dy_at = dy + o.to(tl.int64)[:, None] * dy_stride + (start + token)[None, :]
     x_at = x + k.to(tl.int64)[:, None] * x_stride + (start + token)[None, :]
@@ -106,26 +94,15 @@ def _weight_kernel(
             a = tl.load(dy_at + done, mask=o_real[:, None] & real, other=0.0)
             b = tl.load(x_at + done, mask=k_real[:, None] & real, other=0.0)
         total += tl.dot(a, b.T) * a_scale[:, None] * b_scale[None, :]
-        if HALVES == 2:
-            if TMA:
-                b = _only(x_rows.load([k_first + COLUMNS, start + done]), real)
-            else:
-                at = x_at + COLUMNS * x_stride.to(tl.int64)
-                b = tl.load(at + done, mask=other_real[:, None] & real, other=0.0)
-            b_scale = tl.load(other_scale_at + done // BLOCK * x_scale_r, mask=other_real, other=0.0)
-            other += tl.dot(a, b.T) * a_scale[:, None] * b_scale[None, :]
     place = out + expert.to(tl.int64) * outputs * inputs + o.to(tl.int64)[:, None] * inputs + k[None, :]
     tl.store(place, total, mask=o_real[:, None] & k_real[None, :])
-    if HALVES == 2:
-        tl.store(place + COLUMNS, other, mask=o_real[:, None] & other_real[None, :])
 
 
 def grouped_weight_gemm(dy: Fp8, x: Fp8, groups: Groups, whole: bool = False, tile: WeightTile | None = None) -> Tensor:
     """dy^T x of each expert's rows, (E, O, K) fp32; an expert without rows gets zeros.
 
     dy (O, R) with scales (O, r) and x (K, R) with (K, r). `groups` starts at multiples of 128, which is not checked:
-    it would wait for the device. `whole` says that it counts multiples of 128 too, what is beyond them being zeros, as
-    training lays them out: then the kernel in Gluon may take it.
+    it would wait for the device.
     """
     for name, operand in (("dy", dy), ("x", x)):
         take(f"{name}.values", operand.values, (FP8,), (2,))
@@ -141,35 +118,21 @@ def grouped_weight_gemm(dy: Fp8, x: Fp8, groups: Groups, whole: bool = False, ti
     (o, rows), k, experts = dy.values.shape, x.values.shape[0], len(groups.start_E)
     out_EOK = torch.empty(experts, o, k, dtype=torch.float32, device=dy.values.device)
     if out_EOK.numel() and rows:
-        if whole and tile is None and _hopper(out_EOK.device):
-            from teacher.kernels import weight_gemm_hopper
-
-            if weight_gemm_hopper.takes(dy, x):
-                weight_gemm_hopper.launch(dy, x, groups, out_EOK)
-                return out_EOK
         tile = tile or WeightTile()
         # TMA wants rows that begin at multiples of 16 bytes.
         tma = all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (dy.values, x.values))
-        rows_of = (
+        by_tma = (
             TensorDescriptor.from_tensor(t, [size, 128]) if tma else None
             for t, size in ((dy.values, tile.rows), (x.values, tile.columns))
         )
-        grid = (experts * -(-o // tile.rows) * -(-k // (tile.columns * tile.halves)),)
-        _weight_kernel[grid](
-            dy.values, x.values, *rows_of, dy.values.stride(0), x.values.stride(0), dy.scales, x.scales,
+        _weight_kernel[(experts * -(-o // tile.rows) * -(-k // tile.columns),)](
+            dy.values, x.values, *by_tma, dy.values.stride(0), x.values.stride(0), dy.scales, x.scales,
             *dy.scales.stride(), *x.scales.stride(), out_EOK, groups.start_E, groups.count_E, o, k, ROWS=tile.rows,
-            COLUMNS=tile.columns, HALVES=tile.halves, GROUP=tile.group, TMA=tma, num_warps=tile.warps,
-            num_stages=tile.stages,
+            COLUMNS=tile.columns, GROUP=tile.group, TMA=tma, num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=tile.registers,
         )  # fmt: skip
         return out_EOK
     return out_EOK.zero_()
-
-
-@functools.cache
-def _hopper(device: torch.device) -> bool:
-    if not os.environ.get("CASTS_TRY"):  # until proved on a GPU
-        return False
-    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def grouped_weight_gemm_reference(dy: Fp8, x: Fp8, groups: Groups) -> Tensor:

@@ -2,8 +2,8 @@
 // holds 16 rows of a few columns, and the conversion to e4m3, which takes its two values from any two registers, packs
 // them along the rows. Maxima are exchanged so that at the end each lane has one scale to compute and every lane another.
 //
-// A thread holds much, so few run at a time: each has its next tile on the way, through shared memory of its own, while
-// it works on one.
+// Its values come through shared memory of its own, which 5 blocks of threads fit in beside each other, where registers
+// for what is under way would leave room for 4 (2.9 of 4.2 TB/s for 3.3).
 //
 // Taken: R a multiple of 16 and C of 8; x aligned to 16 bytes, row by row. R rows, C columns.
 
@@ -34,6 +34,8 @@ struct Spot {
 };
 
 constexpr int SHIFT = 2;  // of a lane, to its group of rows
+
+__device__ void words(uint32_t (&v)[4], uint4 q) { v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w; }
 
 template <typename T>
 __device__ void write_columns(uint8_t* to, int R, uint32_t (&v)[16][4], const Scale& mine, bool columns_alone, bool inside) {
@@ -96,15 +98,18 @@ __device__ void write_twice(
 // Tiles of 1 x 128 of the block of threads' 128 x 128: maxima of the lanes of a row, then of the warps.
 template <typename T>
 __device__ void write_rows(
-    uint8_t* to, float* scales, int first_row, int R, int C, uint32_t (&v)[16][4], bool power_of_two, bool inside) {
+    uint8_t* to, float* scales, int first_row, int R, int C, const uint4* found, bool power_of_two, bool inside) {
     using L = Lane<T>;
     constexpr int WARPS = 32 / L::COLS;
     __shared__ __align__(16) uint32_t row_max[WARPS][128];
     __shared__ float4 row_scale[128];
     const int lane = threadIdx.x % 32, high = lane >> SHIFT;
-    uint32_t m[16];
+    uint32_t m[16], v[4];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) m[i] = largest_of<L>(v[i]);
+    for (int i = 0; i < 16; ++i) {
+        words(v, found[i * WARPS * 32]);
+        m[i] = largest_of<L>(v);
+    }
     halve_max<8, 2>(m, lane);  // each lane is left with 4 rows
     halve_max<4, 1>(m, lane);
     *reinterpret_cast<uint4*>(&row_max[threadIdx.x / 32][lane * 4]) = make_uint4(m[0], m[1], m[2], m[3]);
@@ -123,155 +128,134 @@ __device__ void write_rows(
     any = __syncthreads_or(any);
 
     auto store = [&](auto lifted) {
-#pragma unroll
+#pragma unroll 4
         for (int i = 0; i < 16; ++i) {
             const float4 by = row_scale[high * 16 + i];
             uint32_t word[L::COLS / 4];
-            encode<T, lifted.value>(word, v[i], by.x, by.y, by.z);
+            words(v, found[i * WARPS * 32]);
+            encode<T, lifted.value>(word, v, by.x, by.y, by.z);
             if (inside) put(to, word);
             to += C;
-            // So that the columns are unpacked anew: kept, 128 values a thread would take its registers twice over.
-#pragma unroll
-            for (int w = 0; w < 4; ++w) asm volatile("" : "+r"(v[i][w]));
         }
     };
     if (any) store(std::true_type{});
     else store(std::false_type{});
+    // What follows reads the values anew: kept, they would take the registers of two blocks of threads.
+    asm volatile("" ::: "memory");
 }
 
-template <typename T, Form FORM, int STAGES>
-__global__ void __launch_bounds__(1024 / Lane<T>::COLS) transposed_kernel(
+template <typename T, Form FORM>
+__global__ void __launch_bounds__(1024 / Lane<T>::COLS, sizeof(T) == 4 ? 2 : 5) transposed_kernel(
     const T* x, int64_t matrix_stride, int64_t stride, uint8_t* values_t, float* scales_t, uint8_t* values,
     float* scales, int64_t scale_stride, const Sizes sizes, bool power_of_two) {
     using L = Lane<T>;
     constexpr int THREADS = 1024 / L::COLS;
     const int R = sizes.R, C = sizes.C, lane = threadIdx.x % 32;
-    extern __shared__ uint4 ring[];
-    auto ask = [&](unsigned tile, int stage) {
-        if (tile < sizes.tiles) {
-            const Spot<L::COLS> at(tile, sizes);
-            const T* from = x + at.matrix * matrix_stride + at.row * stride + at.column;
+    extern __shared__ uint4 under_way[];
+    const Spot<L::COLS> at(blockIdx.x, sizes);
+    const T* from = x + at.matrix * matrix_stride + at.row * stride + at.column;
 #pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                fetch(&ring[(stage * 16 + i) * THREADS + threadIdx.x], from, at.inside);
-                from += stride;
-            }
+    for (int i = 0; i < 16; ++i) {
+        fetch(&under_way[i * THREADS + threadIdx.x], from, at.inside);
+        from += stride;
+    }
+    arrived();
+    uint8_t* to_t = values_t + (static_cast<int64_t>(at.matrix) * C + at.column) * R + at.row;
+    uint8_t* to = values + (static_cast<int64_t>(at.matrix) * R + at.row) * C + at.column;
+    if (FORM == BOTH_WAYS) {
+        float* column = scales + at.tile_column * scale_stride;
+        write_rows<T>(to, column, at.tile_row * 128, R, C, &under_way[threadIdx.x], power_of_two, at.inside);
+    }
+    uint32_t v[16][4], a[4] = {0, 0, 0, 0}, m[L::COLS];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        words(v[i], under_way[i * THREADS + threadIdx.x]);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) a[w] = L::larger(a[w], v[i][w]);
+    }
+#pragma unroll
+    for (int j = 0; j < L::COLS; ++j) m[j] = L::bits(a, j);
+    if (FORM == COLUMNS || FORM == BOTH_WAYS) {
+        uint32_t largest = spread_max<L::COLS, SHIFT>(m, lane);
+        if (L::COLS == 4) largest = max(largest, __shfl_xor_sync(ALL, largest, 4 << SHIFT));
+        const Scale mine = scale_of<T>(largest, power_of_two);
+        if (at.high < L::COLS && at.column + at.high < C) {
+            scales_t[static_cast<int64_t>(at.tile_row) * C + at.column + at.high] = mine.scale;
         }
-        fetched();
-    };
-    unsigned tile = blockIdx.x;
+        write_columns<T>(to_t, R, v, mine, true, at.inside);
+    } else {
 #pragma unroll
-    for (int stage = 0; stage + 1 < STAGES; ++stage) ask(tile + stage * gridDim.x, stage);
-    int stage = 0;
-    for (int turn = 0; tile < sizes.tiles; turn ^= 1) {
-        ask(tile + (STAGES - 1) * gridDim.x, (stage + STAGES - 1) % STAGES);
-        arrived<STAGES - 1>();
-        const Spot<L::COLS> at(tile, sizes);
-        uint32_t v[16][4], a[4] = {0, 0, 0, 0}, m[L::COLS];
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const uint4 q = ring[(stage * 16 + i) * THREADS + threadIdx.x];
-            v[i][0] = q.x, v[i][1] = q.y, v[i][2] = q.z, v[i][3] = q.w;
-#pragma unroll
-            for (int w = 0; w < 4; ++w) a[w] = L::larger(a[w], v[i][w]);
+        for (int j = 1; j < L::COLS; ++j) m[0] = max(m[0], m[j]);
+        const Scale s = scale_of<T>(block_max<32 / L::COLS>(m[0]), power_of_two);
+        if (threadIdx.x == 0) {
+            const int64_t matrix = static_cast<int64_t>(at.matrix) * sizes.down * sizes.across;
+            scales_t[matrix + at.tile_column * sizes.down + at.tile_row] = s.scale;
+            if (FORM == BLOCKS_TWICE) scales[matrix + at.tile_row * sizes.across + at.tile_column] = s.scale;
         }
-        uint8_t* to_t = values_t + (static_cast<int64_t>(at.matrix) * C + at.column) * R + at.row;
-        uint8_t* to = values + (static_cast<int64_t>(at.matrix) * R + at.row) * C + at.column;
-        if (FORM == BOTH_WAYS) {
-            write_rows<T>(to, scales + at.tile_column * scale_stride, at.tile_row * 128, R, C, v, power_of_two, at.inside);
-        }
-#pragma unroll
-        for (int j = 0; j < L::COLS; ++j) m[j] = L::bits(a, j);
-        if (FORM == COLUMNS || FORM == BOTH_WAYS) {
-            uint32_t largest = spread_max<L::COLS, SHIFT>(m, lane);
-            if (L::COLS == 4) largest = max(largest, __shfl_xor_sync(ALL, largest, 4 << SHIFT));
-            const Scale mine = scale_of<T>(largest, power_of_two);
-            if (at.high < L::COLS && at.column + at.high < C) {
-                scales_t[static_cast<int64_t>(at.tile_row) * C + at.column + at.high] = mine.scale;
-            }
-            write_columns<T>(to_t, R, v, mine, true, at.inside);
-        } else {
-#pragma unroll
-            for (int j = 1; j < L::COLS; ++j) m[0] = max(m[0], m[j]);
-            const Scale s = scale_of<T>(block_max<32 / L::COLS>(m[0], turn), power_of_two);
-            if (threadIdx.x == 0) {
-                const int64_t matrix = static_cast<int64_t>(at.matrix) * sizes.down * sizes.across;
-                scales_t[matrix + at.tile_column * sizes.down + at.tile_row] = s.scale;
-                if (FORM == BLOCKS_TWICE) scales[matrix + at.tile_row * sizes.across + at.tile_column] = s.scale;
-            }
-            if (FORM == BLOCKS_TWICE) write_twice<T>(to_t, to, R, C, v, s, at.inside);
-            else write_columns<T>(to_t, R, v, s, false, at.inside);
-        }
-        tile += gridDim.x;
-        stage = (stage + 1) % STAGES;
+        if (FORM == BLOCKS_TWICE) write_twice<T>(to_t, to, R, C, v, s, at.inside);
+        else write_columns<T>(to_t, R, v, s, false, at.inside);
     }
 }
 
-// Tiles of 1 x 128 to tiles of 128 x 1, transposed: a lane has 8 columns' codes, multiplied by their rows' scales anew
-// where they are needed.
-__global__ void __launch_bounds__(128) again_kernel(
+// Tiles of 1 x 128 to tiles of 128 x 1, transposed: a lane has 8 columns' codes, of which 4 at a time are multiplied by
+// their rows' scales.
+__global__ void __launch_bounds__(128, 4) again_kernel(
     const uint8_t* x, const float* x_scales, int64_t scale_row, int64_t scale_column, uint8_t* values_t, float* scales_t,
     const Sizes sizes, bool power_of_two) {
+    __shared__ __align__(16) float of_row[128];
     const int R = sizes.R, C = sizes.C, lane = threadIdx.x % 32;
     const Spot<8> at(blockIdx.x, sizes);
-    uint32_t v[16][2], m[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    float by[16];
+    const uint8_t* from = x + static_cast<int64_t>(at.row) * C + at.column;
+    uint32_t v[16][2];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-        v[i][0] = v[i][1] = 0;
-        by[i] = 0.0f;
-        if (at.inside) {
-            const uint2 q = __ldcs(reinterpret_cast<const uint2*>(x + static_cast<int64_t>(at.row + i) * C + at.column));
-            v[i][0] = q.x, v[i][1] = q.y;
-            by[i] = x_scales[(at.row + i) * scale_row + at.tile_column * scale_column];
-        }
+        load(v[i], from, at.inside);
+        from += C;
     }
+    const int row = at.tile_row * 128 + threadIdx.x;
+    of_row[threadIdx.x] = row < R ? x_scales[row * scale_row + at.tile_column * scale_column] : 0.0f;
+    __syncthreads();
+    float4 by[4];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            const float2 two = decode(v[i], j);
-            m[j] = max(m[j], __float_as_uint(fabsf(two.x) * fabsf(by[i])));
-            m[j + 1] = max(m[j + 1], __float_as_uint(fabsf(two.y) * fabsf(by[i])));
-        }
-    }
-    const Scale mine = scale_of<float>(spread_max<8, SHIFT>(m, lane), power_of_two);
-    if (at.column + at.high < C) scales_t[static_cast<int64_t>(at.tile_row) * C + at.column + at.high] = mine.scale;
+    for (int q = 0; q < 4; ++q) by[q] = *reinterpret_cast<const float4*>(&of_row[at.high * 16 + q * 4]);
     uint8_t* to = values_t + static_cast<int64_t>(at.column) * R + at.row;
-
-    auto store = [&](auto lifted) {
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            float a[2], b[2], lift[2] = {1.0f, 1.0f};
+    for (int half = 0; half < 2; ++half) {
+        float f[16][4];
+        uint32_t m[4] = {0, 0, 0, 0};
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const int from = lane & ~(7 << SHIFT) | (j + k) << SHIFT;
-                a[k] = __shfl_sync(ALL, mine.a, from);
-                b[k] = __shfl_sync(ALL, mine.b, from);
-                if (lifted.value) lift[k] = __shfl_sync(ALL, mine.lift, from);
-            }
-            uint32_t word[2][4];
+        for (int i = 0; i < 16; ++i) {
+            const float scale = i % 4 == 0 ? by[i / 4].x : i % 4 == 1 ? by[i / 4].y : i % 4 == 2 ? by[i / 4].z : by[i / 4].w;
+            const float2 low = decode(v[i], half * 4), high = decode(v[i], half * 4 + 2);
+            f[i][0] = low.x * scale, f[i][1] = low.y * scale, f[i][2] = high.x * scale, f[i][3] = high.y * scale;
 #pragma unroll
-            for (int q = 0; q < 4; ++q) {
-                float first[4], second[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float2 two = decode(v[4 * q + i], j);
-                    first[i] = quotient<float, lifted.value>(two.x * by[4 * q + i], a[0], b[0], lift[0]);
-                    second[i] = quotient<float, lifted.value>(two.y * by[4 * q + i], a[1], b[1], lift[1]);
-                }
-                word[0][q] = codes(first[0], first[1], first[2], first[3]);
-                word[1][q] = codes(second[0], second[1], second[2], second[3]);
-            }
-            if (at.inside) {
-                put(to, word[0]);
-                put(to + R, word[1]);
-            }
-            to += 2 * static_cast<int64_t>(R);
+            for (int j = 0; j < 4; ++j) m[j] = max(m[j], __float_as_uint(fabsf(f[i][j])));
         }
-    };
-    if (__any_sync(ALL, mine.lift != 1.0f)) store(std::true_type{});
-    else store(std::false_type{});
+        uint32_t largest = spread_max<4, SHIFT>(m, lane);
+        largest = max(largest, __shfl_xor_sync(ALL, largest, 4 << SHIFT));
+        const Scale mine = scale_of<float>(largest, power_of_two);
+        const int column = at.column + half * 4 + at.high;
+        if (at.high < 4 && column < C) scales_t[static_cast<int64_t>(at.tile_row) * C + column] = mine.scale;
+
+        auto store = [&](auto lifted) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int other = lane & ~(7 << SHIFT) | j << SHIFT;
+                const float a = __shfl_sync(ALL, mine.a, other), b = __shfl_sync(ALL, mine.b, other);
+                const float lift = lifted.value ? __shfl_sync(ALL, mine.lift, other) : 1.0f;
+                uint32_t word[4];
+#pragma unroll
+                for (int q = 0; q < 4; ++q) {
+                    auto one = [&](int i) { return quotient<float, lifted.value>(f[4 * q + i][j], a, b, lift); };
+                    word[q] = codes(one(0), one(1), one(2), one(3));
+                }
+                if (at.inside) put(to, word);
+                to += R;
+            }
+        };
+        if (__any_sync(ALL, mine.lift != 1.0f)) store(std::true_type{});
+        else store(std::false_type{});
+    }
 }
 
 Sizes sizes_of(int E, int R, int C, int group) {
@@ -284,26 +268,21 @@ cudaError_t launch(
     const void* x, int64_t matrix_stride, int64_t stride, uint8_t* values_t, float* scales_t, uint8_t* values,
     float* scales, int64_t scale_stride, int E, int R, int C, int form, bool power_of_two, int variant,
     cudaStream_t stream) {
-    const Sizes sizes = sizes_of(E, R, C, variant / 100 ? variant / 100 : 8);
-    auto run = [&](auto form, auto stages) {
-        constexpr int THREADS = 1024 / Lane<T>::COLS, BYTES = stages.value * 16 * THREADS * 16;
-        auto kernel = transposed_kernel<T, static_cast<Form>(form.value), stages.value>;
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-        const unsigned resident = sizeof(T) == 4 ? 1 : stages.value == 2 ? 3 : 2;
-        kernel<<<stages.value == 1 ? sizes.tiles : min(sizes.tiles, 132 * resident), THREADS, BYTES, stream>>>(
+    const Sizes sizes = sizes_of(E, R, C, variant ? variant : 128);
+    auto run = [&](auto form) {
+        constexpr int THREADS = 1024 / Lane<T>::COLS, BYTES = 16 * THREADS * 16;
+        auto kernel = transposed_kernel<T, static_cast<Form>(form.value)>;
+        const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+        if (status != cudaSuccess) return status;
+        kernel<<<sizes.tiles, THREADS, BYTES, stream>>>(
             static_cast<const T*>(x), matrix_stride, stride, values_t, scales_t, values, scales, scale_stride, sizes,
             power_of_two);
+        return cudaGetLastError();
     };
-    auto pick = [&](auto stages) {
-        if (form == COLUMNS) run(std::integral_constant<int, COLUMNS>{}, stages);
-        else if (form == BLOCKS) run(std::integral_constant<int, BLOCKS>{}, stages);
-        else if (form == BLOCKS_TWICE) run(std::integral_constant<int, BLOCKS_TWICE>{}, stages);
-        else run(std::integral_constant<int, BOTH_WAYS>{}, stages);
-    };
-    if (variant % 100 == 3) pick(std::integral_constant<int, 3>{});
-    else if (variant % 100 == 1) pick(std::integral_constant<int, 1>{});
-    else pick(std::integral_constant<int, 2>{});
-    return cudaGetLastError();
+    if (form == COLUMNS) return run(std::integral_constant<int, COLUMNS>{});
+    if (form == BLOCKS) return run(std::integral_constant<int, BLOCKS>{});
+    if (form == BLOCKS_TWICE) return run(std::integral_constant<int, BLOCKS_TWICE>{});
+    return run(std::integral_constant<int, BOTH_WAYS>{});
 }
 
 }  // namespace

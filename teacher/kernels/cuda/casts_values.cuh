@@ -52,13 +52,28 @@ __device__ uint32_t largest_of(const uint32_t (&v)[4]) {
 }
 
 // 16 bytes, or zeros.
+template <int HINT = 0>
 __device__ void load(uint32_t (&to)[4], const void* from, bool really) {
+#define LOAD(INSTRUCTION)                                                                                       \
+    asm volatile(                                                                                               \
+        "{.reg .pred p;\n"                                                                                      \
+        "setp.ne.b32 p, %5, 0;\n"                                                                               \
+        "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"                                      \
+        "@p " INSTRUCTION " {%0, %1, %2, %3}, [%4];}"                                                           \
+        : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3]) : "l"(from), "r"(static_cast<int>(really)))
+    if constexpr (HINT == 0) LOAD("ld.global.nc.L1::no_allocate.v4.u32");
+    else if constexpr (HINT == 1) LOAD("ld.global.nc.v4.u32");
+    else LOAD("ld.global.nc.L1::no_allocate.L2::256B.v4.u32");
+#undef LOAD
+}
+
+__device__ void load(uint32_t (&to)[2], const void* from, bool really) {
     asm volatile(
         "{.reg .pred p;\n"
-        "setp.ne.b32 p, %5, 0;\n"
-        "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-        "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
-        : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3]) : "l"(from), "r"(static_cast<int>(really)));
+        "setp.ne.b32 p, %3, 0;\n"
+        "mov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+        "@p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
+        : "=&r"(to[0]), "=&r"(to[1]) : "l"(from), "r"(static_cast<int>(really)));
 }
 
 // The same on its way to shared memory, where the thread that asked for it finds it after `arrived`.
@@ -67,11 +82,7 @@ __device__ void fetch(uint4* to, const void* from, bool really) {
                      static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                  "l"(from), "r"(really ? 16 : 0) : "memory");
 }
-__device__ void fetched() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LATER>
-__device__ void arrived() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
-}
+__device__ void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // A block's scale, and how values are divided by it: times `lift` first where it is not 1, then by `a` and `b`.
 struct Scale {
@@ -188,15 +199,15 @@ __device__ uint32_t spread_max(uint32_t (&m)[N], int lane) {
     return m[0];
 }
 
-// The largest of a block of threads; all get it. Calls in turn take another `slot` of two.
+// The largest of a block of threads; all get it. Once a kernel.
 template <int WARPS>
-__device__ uint32_t block_max(uint32_t mine, int slot) {
-    __shared__ uint32_t of_warp[2][WARPS];
+__device__ uint32_t block_max(uint32_t mine) {
+    __shared__ uint32_t of_warp[WARPS];
     mine = __reduce_max_sync(ALL, mine);
-    if (threadIdx.x % 32 == 0) of_warp[slot][threadIdx.x / 32] = mine;
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
     __syncthreads();
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) mine = max(mine, of_warp[slot][w]);
+    for (int w = 0; w < WARPS; ++w) mine = max(mine, of_warp[w]);
     return mine;
 }
 

@@ -19,7 +19,9 @@ def draw(*shape, device, seed=0):
     return x.to(device)
 
 
-@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 128, 48), (130, 64, 208), (577, 208, 128)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(1, 128, 48), (130, 64, 208), (577, 208, 128), (576, 208, 128), (33, 24, 40)]
+)
 def test_the_three_products_of_a_linear_layer(rows, inner, outer, device):
     x, w, dy = (draw(*shape, device=device, seed=n) for n, shape in
                 enumerate(((rows, inner), (outer, inner), (rows, outer))))  # fmt: skip
@@ -32,6 +34,10 @@ def linear(products, x, w, dy):
     x8, w8 = products.along_columns(x), products.weight(w)
     dw = products.weight_product(products.along_tokens(dy), products.again_along_tokens(x8))
     dx = products.input_product(products.along_columns(dy), w8, torch.float32)
+    (across, along), (w8_again, turned) = products.both_ways(dy), products.weight_both(w)
+    assert relative(products.product(across, turned, torch.float32), dx) < 1e-6
+    assert torch.equal(products.weight_product(along, products.again_along_tokens(x8)), dw)
+    assert torch.equal(w8_again.scale, w8.scale)
     return products.product(x8, w8, torch.float32), dx, dw
 
 
