@@ -55,7 +55,7 @@ def fused_obstacle(model: DeepseekV3) -> str | None:
 
 
 # Tokens whose experts are computed pair by pair (see expert_pairs).
-MOST_PAIRED = 4
+MOST_PAIRED = 1
 
 
 class Matrix:
@@ -79,7 +79,7 @@ class Matrix:
                 weight.data = part
 
     def product(self, x: Tensor | Fp8, one: bool = False) -> Tensor:
-        """x W^T in parts (S, N, O): fp32, or bf16 if it is in one (as it is with `one`)."""
+        """x W^T in parts (S, N, O): fp32, or bf16 where there is one (as there is with `one`)."""
         from teacher.kernels.grouped_gemm import grouped_gemm
         from teacher.kernels.quantize import quantize_activations
         from teacher.kernels.row_product import MOST_ROWS, row_product
@@ -90,7 +90,7 @@ class Matrix:
         x8 = x if isinstance(x, Fp8) else Fp8(*quantize_activations(x))
         rows = len(x8.values)
         if rows <= MOST_ROWS:
-            return row_product(x8, self.fp8, 1, torch.bfloat16) if one else row_product(x8, self.fp8)
+            return row_product(x8, self.fp8, 1 if one else None, torch.bfloat16)
         w = Fp8(self.fp8.values[None], self.fp8.scales[None])
         chosen = tile("gemm", self.weight.shape[0], self.weight.shape[1], rows, self.weight.device)
         return grouped_gemm(x8, w, all_rows(rows, self.weight.device), None, chosen).unsqueeze(0)
@@ -210,15 +210,18 @@ class FusedMLP:
 
     def __call__(self, x: Tensor | Fp8) -> Tensor:
         from teacher.kernels.grouped_gemm import grouped_swiglu
+        from teacher.kernels.row_product import MOST_ROWS
+        from teacher.kernels.swiglu import swiglu
 
-        if self.gate_up.fp8 is None or not isinstance(x, Fp8):
-            assert isinstance(x, Tensor)
-            gate_NI, up_NI = F.linear(x, self.gate_up.weight).chunk(2, dim=-1)
-            return self.down.product(F.silu(gate_NI) * up_NI)
-        w, rows, device = self.gate_up.fp8, len(x.values), self.gate_up.weight.device
-        chosen = tile("swiglu", len(w.values) // 2, w.values.shape[1], rows, device)
-        groups = all_rows(rows, device)
-        return self.down.product(grouped_swiglu(x, Fp8(w.values[None], w.scales[None]), groups, None, chosen))
+        w, device = self.gate_up.fp8, self.gate_up.weight.device
+        if w is None or not isinstance(x, Fp8):
+            return self.down.product(swiglu(self.gate_up.product(x)))
+        rows, (columns, inputs) = len(x.values), w.values.shape
+        if rows <= MOST_ROWS and columns % 256 == 0:
+            return self.down.product(swiglu(self.gate_up.product(x), in_fp8=True))
+        chosen = tile("swiglu", columns // 2, inputs, rows, device)
+        halves, groups = Fp8(w.values[None], w.scales[None]), all_rows(rows, device)
+        return self.down.product(grouped_swiglu(x, halves, groups, None, chosen))
 
 
 class FusedModel:

@@ -2,9 +2,9 @@
 
 For one token the five launches of `expert_layer` cost a fifth of its time. Here the first kernel does gate, up and
 SwiGLU for 128 hidden values of one pair, and rounds them to FP8, a tile; the second does 64 outputs of a token over a
-third of its pairs, weighted, and leaves them as parts (see row_product) for the norm that follows. Hidden states come
-in FP8 from the norm before. Weights may be in bf16 too, and then everything is, without scales. What several tokens
-have in common (the shared expert) is read by each, from the L2 if it is still there: that is why this is for very few.
+few of its pairs, weighted, and leaves them as parts (see row_product) for the norm that follows. Hidden states come in
+FP8 from the norm before. Weights may be in bf16 too, and then everything is, without scales. What several tokens have
+in common (the shared expert) is read by each: from two tokens on sorting is faster, measured (docs/r1-layer.md).
 
 Floor for one token of R1's: 396 MB of weights, 92 us at 4.3 TB/s.
 
@@ -20,8 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.fp8 import FP8
-from teacher.kernels.arguments import INTERPRETED, same_device, take
-from teacher.kernels.chain import begin, dependent
+from teacher.kernels.arguments import INTERPRETED, multiprocessors, same_device, take
 from teacher.kernels.operands import Fp8
 from teacher.kernels.quantize import block_scale, encode, magnitude
 from teacher.kernels.rms_norm import empty_fp8, to_bf16
@@ -37,14 +36,13 @@ def _expert_of(indices, token, slot, K, experts, SHARED: tl.constexpr):
     return tl.where(slot < routed, found, experts - K + slot)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_scale_stride", "out_scale_stride"])
 def _gate_up_kernel(
     x_rows, w_rows, x_scales, x_scale_stride, w_scales, indices, out, out_scales, out_scale_stride, K, experts, H,
     inner, SHARED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, QUANTISED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = 128
-    begin()
     block, pair = tl.program_id(0), tl.program_id(1)
     token = pair // K
     expert = _expert_of(indices, token, pair % K, K, experts, SHARED)
@@ -77,13 +75,12 @@ def _gate_up_kernel(
         tl.store(out + pair * inner + column_B, to_bf16(hidden_B, INTERPRETED), mask=column_B < inner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h_scale_stride", "N", "each"])
 def _down_kernel(
     h_rows, w_rows, h_scales, h_scale_stride, w_scales, indices, weights, out, N, K, experts, H, inner, each,
     SHARED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, QUANTISED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    begin()
     column, part, token = tl.program_id(0) * COLUMNS, tl.program_id(1), tl.program_id(2)
     steps = tl.cdiv(inner, STEP)
     first = part * each
@@ -111,10 +108,11 @@ def _down_kernel(
 
 
 def expert_pairs(
-    x: Fp8 | Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up: Fp8 | Tensor, down: Fp8 | Tensor, shared: int = 0
-) -> Tensor:
+    x: Fp8 | Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up: Fp8 | Tensor, down: Fp8 | Tensor, shared: int = 0,
+    share: int | None = None,
+) -> Tensor:  # fmt: skip
     """`expert_layer` of hidden states in FP8, (N, H) with scales (N, h) as `quantize_activations` gives them, or of
-    hidden states and weights in bf16: parts (S, N, H) in fp32, whose sum is the result."""
+    hidden states and weights in bf16: parts (S, N, H) in fp32 of `share` pairs each, whose sum is the result."""
     quantised = isinstance(x, Fp8) and isinstance(gate_up, Fp8) and isinstance(down, Fp8)
     given = tuple(each.values if isinstance(each, Fp8) else each for each in (x, gate_up, down))
     x_NH, gate_up_E2IH, down_EHI = given
@@ -140,7 +138,8 @@ def expert_pairs(
         for name, each, shape in zip(("x", "gate_up", "down"), scales, shapes, strict=True):
             if each.dtype != torch.float32 or list(each.shape) != shape:
                 raise ValueError(f"{name}.scales is {each.dtype} of {list(each.shape)}; taken: float32 of {shape}")
-    pairs, device, share, step = tokens * k, x_NH.device, -(-k // 3), 128 if quantised else 64
+    pairs, device, step, tiles = tokens * k, x_NH.device, 128 if quantised else 64, -(-hidden // 64)
+    share = share or max(1, k * tiles * tokens // (2 * multiprocessors(device)))  # two programs or more on each SM
     parts_SNH = torch.empty(-(-k // share), tokens, hidden, dtype=torch.float32, device=device)
     if not pairs:
         return parts_SNH
@@ -152,13 +151,13 @@ def expert_pairs(
         TensorDescriptor.from_tensor(gate_up_E2IH.view(-1, hidden), [128, step]),
         scales[0], scales[0].stride(1), scales[1], indices_NK, codes, h_scales, h_scales.stride(1), k, experts, hidden,
         inner, SHARED=int(shared), ROWS=_ROWS, STEP=step, QUANTISED=quantised, INTERPRETED=INTERPRETED, num_warps=4,
-        num_stages=3, **dependent(),
+        num_stages=3,
     )  # fmt: skip
-    _down_kernel[(-(-hidden // 64), len(parts_SNH), tokens)](
+    _down_kernel[(tiles, len(parts_SNH), tokens)](
         TensorDescriptor.from_tensor(codes, [_ROWS, step]),
         TensorDescriptor.from_tensor(down_EHI.view(-1, inner), [64, step]),
         h_scales, h_scales.stride(1), scales[2], indices_NK, weights_NK, parts_SNH, tokens, k, experts, hidden, inner,
         share, SHARED=int(shared), ROWS=_ROWS, COLUMNS=64, STEP=step, QUANTISED=quantised, INTERPRETED=INTERPRETED,
-        num_warps=4, num_stages=6, **dependent(),
+        num_warps=4, num_stages=6,
     )  # fmt: skip
     return parts_SNH

@@ -27,7 +27,6 @@ import triton.language as tl
 from torch import Tensor
 
 from teacher.kernels.arguments import same_device, take
-from teacher.kernels.chain import begin, dependent
 from teacher.kernels.operands import Groups
 
 
@@ -47,13 +46,12 @@ def _ids(indices, pair, pairs, K, last, SHARED: tl.constexpr):
     return tl.where(slot < routed, found, last - (K - 1 - slot))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _rows_kernel(
     indices, token_M, row_NK, start_E, count_E, pairs, K, last,
     SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One expert. A pair's place is the number of pairs with smaller experts, or with this one and before it."""
-    begin()
     expert = tl.program_id(0)
     smaller = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)
@@ -83,7 +81,6 @@ def _combine_kernel(
     y, row_NK, weights, out, H,
     K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -111,7 +108,7 @@ def expert_rows(indices_NK: Tensor, experts: int, shared: int = 0) -> Rows:
     block = min(4096, max(128, triton.next_power_of_2(pairs)))
     _rows_kernel[(experts,)](
         indices_NK, rows.token_M, rows.row_NK, *rows.groups, pairs, k, experts - 1, SHARED=int(shared), BLOCK=block,
-        num_warps=8 if block >= 1024 else 4, **dependent(),
+        num_warps=8 if block >= 1024 else 4,
     )  # fmt: skip
     return rows
 
@@ -141,7 +138,6 @@ def combine(y_MH: Tensor, rows: Rows, weights_NK: Tensor, shared: int = 0, out_N
             SHARED=int(shared),
             BLOCK=block,
             num_warps=4,
-            **dependent(),
         )
     return out_NH
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from teacher.fp8 import ACTIVATION_BLOCK, quantize
 from teacher.kernels.arguments import INTERPRETED, same_device, take
-from teacher.kernels.chain import begin, dependent
 from teacher.kernels.latents import Rotation
 from teacher.kernels.operands import Fp8
 from teacher.kernels.quantize import block_scale, encode, magnitude
@@ -25,14 +24,13 @@ from teacher.kernels.rms_norm import empty_fp8, to_bf16
 from teacher.rope import rotate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _absorb_kernel(
     q, up, cos, sin, q_latent, q_rope, N, H, up_stride_h, up_stride_p,
     P: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R columns of one head for ROWS tokens; the first of a head's programs rotates too."""
-    begin()
     head, column = tl.program_id(0), tl.program_id(1) * BLOCK_R
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     real = row < N
@@ -82,7 +80,7 @@ def absorb(q_NHK: Tensor, up_HPR: Tensor, rotation: Rotation) -> tuple[Tensor, T
             q_NHK, up_HPR, rotation.cos_ND, rotation.sin_ND, q_latent_NHR, q_rope_NHD, rows, heads,
             up_HPR.stride(0), up_HPR.stride(1), P=nope, D=rope, R=rank, ROWS=tile_rows,
             BLOCK_P=max(16, triton.next_power_of_2(nope)), BLOCK_R=block, BLOCK_D=triton.next_power_of_2(rope // 2),
-            INTERLEAVE=rotation.interleave, INTERPRETED=INTERPRETED, num_warps=4, **dependent(),
+            INTERLEAVE=rotation.interleave, INTERPRETED=INTERPRETED, num_warps=4,
         )  # fmt: skip
     return q_latent_NHR, q_rope_NHD
 
@@ -95,19 +93,18 @@ def absorb_reference(q_NHK: Tensor, up_HPR: Tensor, rotation: Rotation) -> tuple
     return latent_NHR, rotate(q_rope_NHD, cos, sin, rotation.interleave)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride", "N"])
 def _values_kernel(
     attended, up, out, codes, scales, scale_stride, N, H, up_stride_h, up_stride_v,
     V: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     FP8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One head for ROWS tokens."""
-    begin()
+    """One head for ROWS tokens, transposed: the head's values are the instruction's rows."""
     head = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real = row < N
     at_V = tl.arange(0, BLOCK_V)
-    total_NV = tl.zeros([ROWS, BLOCK_V], tl.float32)
+    total_VN = tl.zeros([BLOCK_V, ROWS], tl.float32)
     start = (row.to(tl.int64) * H + head) * R
     for column in tl.range(0, R, BLOCK_R):
         at_R = column + tl.arange(0, BLOCK_R)
@@ -118,8 +115,8 @@ def _values_kernel(
         )  # fmt: skip
         if INTERPRETED:
             a_NR, up_VR = a_NR.to(tl.float32), up_VR.to(tl.float32)
-        total_NV += tl.dot(a_NR, up_VR.T)
-    value_NV = to_bf16(total_NV, INTERPRETED)
+        total_VN += tl.dot(up_VR, a_NR.T)
+    value_NV = to_bf16(tl.trans(total_VN), INTERPRETED)
     place = (row.to(tl.int64) * H + head)[:, None] * V + at_V[None, :]
     live = real[:, None] & (at_V < V)[None, :]
     if FP8:
@@ -150,7 +147,7 @@ def values(attended_NHR: Tensor, up_HVR: Tensor, in_fp8: bool = False) -> Tensor
             attended_NHR, up_HVR, out, codes, scales, scales.stride(1), rows, heads, up_HVR.stride(0),
             up_HVR.stride(1), V=size, R=rank, ROWS=tile_rows, BLOCK_V=max(16, triton.next_power_of_2(size)),
             BLOCK_R=min(128, max(16, triton.next_power_of_2(rank))), FP8=in_fp8, INTERPRETED=INTERPRETED,
-            num_warps=4, num_stages=3, **dependent(),
+            num_warps=4, num_stages=3,
         )  # fmt: skip
     return out if x8 is None else x8
 

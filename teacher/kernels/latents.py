@@ -21,7 +21,6 @@ from torch import Tensor
 
 from teacher.fp8 import ACTIVATION_BLOCK, quantize
 from teacher.kernels.arguments import INTERPRETED, same_device, take
-from teacher.kernels.chain import begin, dependent
 from teacher.kernels.operands import Fp8
 from teacher.kernels.rms_norm import empty_fp8, store_fp8, to_bf16
 from teacher.norm import RMSNorm
@@ -46,14 +45,13 @@ def _rounded_sum(parts, N, row, columns, at, live, PARTS: tl.constexpr, INTERPRE
     return to_bf16(total, INTERPRETED).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride", "N"])
 def _latents_kernel(
     parts, q_weight, q, codes, scales, scale_stride, kv_weight, cos, sin, place_N, cache, N, Q, R, D, WIDTH, q_eps,
     kv_eps, PARTS: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr, INTERLEAVE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Program (token, 0) does the query latent, (token, 1) what is cached."""
-    begin()
     row = tl.program_id(0)
     columns = Q + R + D
     if tl.program_id(1) == 0:
@@ -122,7 +120,6 @@ def write_latents(
             NORM=q_norm is not None, FP8=in_fp8, TILES=triton.next_power_of_2(-(-queries // 128)),
             BLOCK_R=triton.next_power_of_2(rank), BLOCK_D=triton.next_power_of_2(rope // 2),
             INTERLEAVE=rotation.interleave, INTERPRETED=INTERPRETED, num_warps=4,
-            **dependent(),
         )  # fmt: skip
     return q_NQ if x8 is None else x8
 

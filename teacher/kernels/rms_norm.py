@@ -19,7 +19,6 @@ from torch import Tensor
 
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, quantize
 from teacher.kernels.arguments import INTERPRETED, same_device, take
-from teacher.kernels.chain import begin, dependent
 from teacher.kernels.operands import Fp8
 from teacher.kernels.quantize import block_scale, encode, magnitude
 
@@ -57,12 +56,11 @@ def store_fp8(values_TB, live_TB, tile_T, row, columns, codes, scales, scale_str
     tl.store(scales + tile_T.to(tl.int64) * scale_stride + row, scale_T, mask=tile_T * 128 < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride", "N"])
 def _norm_kernel(
     x, parts, weight, total, normed, codes, scales, scale_stride, N, H, eps,
     PARTS: tl.constexpr, TILES: tl.constexpr, FP8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    begin()
     row = tl.program_id(0)
     tile_T = tl.arange(0, TILES)
     column_TB = tile_T[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -108,7 +106,7 @@ def add_rms_norm(x_NH: Tensor, parts_SNH: Tensor | None, weight_H: Tensor, eps: 
         _norm_kernel[(rows,)](
             x_NH, x_NH if parts_SNH is None else parts_SNH, weight_H, total_NH, normed_NH, codes, scales,
             scales.stride(1), rows, hidden, eps, PARTS=parts, TILES=tiles, FP8=in_fp8, INTERPRETED=INTERPRETED,
-            num_warps=4 if tiles <= 16 else 8, **dependent(),
+            num_warps=4 if tiles <= 4 else 8 if tiles <= 16 else 16,
         )  # fmt: skip
     return Normed(total_NH, normed_NH, quantised)
 

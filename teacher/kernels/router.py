@@ -17,7 +17,6 @@ from torch import Tensor
 
 from teacher.config import DeepseekV3Config
 from teacher.kernels.arguments import same_device, take
-from teacher.kernels.chain import begin, dependent
 
 
 def router_obstacle(config: DeepseekV3Config) -> str | None:
@@ -28,13 +27,12 @@ def router_obstacle(config: DeepseekV3Config) -> str | None:
     return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _choose_kernel(
     parts, bias, indices, weights, N, scaling,
     PARTS: tl.constexpr, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, K: tl.constexpr,
     BLOCK_K: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    begin()
     token = tl.program_id(0)
     WIDTH: tl.constexpr = EXPERTS // GROUPS
     group_G = tl.arange(0, GROUPS)
@@ -87,7 +85,6 @@ def choose(parts_SNE: Tensor, bias_E: Tensor, config: DeepseekV3Config) -> tuple
         _choose_kernel[(tokens,)](
             parts_SNE, bias_E, indices_NK, weights_NK, tokens, config.routed_scaling_factor, PARTS=parts,
             EXPERTS=experts, GROUPS=config.n_group, TOP_GROUPS=config.topk_group, K=k,
-            BLOCK_K=triton.next_power_of_2(k), NORMALISE=config.norm_topk_prob, num_warps=1 if experts <= 64 else 2,
-            **dependent(),
+            BLOCK_K=triton.next_power_of_2(k), NORMALISE=config.norm_topk_prob, num_warps=1,
         )  # fmt: skip
     return indices_NK, weights_NK

@@ -24,21 +24,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, dequantize
 from teacher.kernels.arguments import INTERPRETED, multiprocessors, same_device, take
-from teacher.kernels.chain import begin, dependent
 from teacher.kernels.operands import Fp8
+from teacher.kernels.rms_norm import to_bf16
 
 MOST_ROWS = 256
 _COLUMNS, _STEP = 64, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_scale_stride", "N", "each"])
 def _product_kernel(
     x_rows, w_rows, x_scales, x_scale_stride, w_scales, out, N, outputs, K, each,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, QUANTISED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One tile of COLUMNS outputs and ROWS rows over `each` steps of the inner dimension."""
-    begin()
     column, split = tl.program_id(0) * COLUMNS, tl.program_id(1)
     row = tl.program_id(2) * ROWS
     steps = tl.cdiv(K, STEP)
@@ -56,11 +55,16 @@ def _product_kernel(
                 w, x = w.to(tl.float32), x.to(tl.float32)
             total += tl.dot(w, x.T)
     place = out + (split.to(tl.int64) * N + token[:, None]) * outputs + output[None, :]
-    tl.store(place, tl.trans(total).to(out.dtype.element_ty), mask=(token < N)[:, None] & (output < outputs)[None, :])
+    total = tl.trans(total)
+    if out.dtype.element_ty == tl.bfloat16:
+        total = to_bf16(total, INTERPRETED)
+    tl.store(place, total, mask=(token < N)[:, None] & (output < outputs)[None, :])
 
 
-def row_product(x: Fp8 | Tensor, w: Fp8 | Tensor, splits: int | None = None, out: torch.dtype | None = None) -> Tensor:
-    """x W^T for at most `MOST_ROWS` rows: parts (S, N, O), fp32, or with one split in the dtype `out`.
+def row_product(
+    x: Fp8 | Tensor, w: Fp8 | Tensor, splits: int | None = None, out: torch.dtype = torch.float32
+) -> Tensor:
+    """x W^T for at most `MOST_ROWS` rows: parts (S, N, O) in fp32; a single one is in the dtype `out`.
 
     Both in FP8 (x (N, K) with scales (N, k) of stride 1 along the rows, w (O, K) with (o, k)) or both in bf16. At most
     `splits` parts are made; None chooses. Raises ValueError for what it cannot take.
@@ -92,12 +96,11 @@ def row_product(x: Fp8 | Tensor, w: Fp8 | Tensor, splits: int | None = None, out
     steps, tile_rows = -(-k // _STEP), min(128, max(16, triton.next_power_of_2(rows)))
     tiles = -(-outputs // _COLUMNS) * -(-rows // tile_rows)
     if splits is None:
-        splits = choose_splits(tiles, steps, multiprocessors(x_NK.device))
+        splits = choose_splits(tiles, steps, multiprocessors(x_NK.device), tile_rows)
     each = -(-steps // splits)
     splits = -(-steps // each)
-    if out is not None and splits > 1:
-        raise ValueError(f"parts of {splits} splits are fp32; out is {out}")
-    parts_SNO = torch.empty(splits, rows, outputs, dtype=out or torch.float32, device=x_NK.device)
+    dtype = out if splits == 1 else torch.float32
+    parts_SNO = torch.empty(splits, rows, outputs, dtype=dtype, device=x_NK.device)
     if parts_SNO.numel():
         _product_kernel[(-(-outputs // _COLUMNS), splits, -(-rows // tile_rows))](
             TensorDescriptor.from_tensor(x_NK, [tile_rows, _STEP]),
@@ -105,14 +108,16 @@ def row_product(x: Fp8 | Tensor, w: Fp8 | Tensor, splits: int | None = None, out
             x_scales, x_scales.stride(1) if quantised else 0, w_scales, parts_SNO, rows, outputs, k, each,
             ROWS=tile_rows, COLUMNS=_COLUMNS, STEP=_STEP, QUANTISED=quantised, INTERPRETED=INTERPRETED,
             num_warps=4,
-            num_stages=(5 if tile_rows <= 32 else 4) if quantised else 3, **dependent(),
+            num_stages=(5 if tile_rows <= 32 else 4) if quantised else 3,
         )  # fmt: skip
     return parts_SNO
 
 
-def choose_splits(tiles: int, steps: int, processors: int) -> int:
-    """About three programs a multiprocessor, each of at least four steps."""
-    return max(1, min(-(-3 * processors // tiles) if tiles < 2 * processors else 1, steps // 4))
+def choose_splits(tiles: int, steps: int, processors: int, tile_rows: int = 16) -> int:
+    """Some programs a multiprocessor, fewer where their tiles are large, each of at least four steps. Measured on an
+    H200: docs/r1-layer.md."""
+    wanted = processors * (5 if tile_rows <= 64 else 3) // 2
+    return max(1, min((wanted + tiles // 2) // tiles, steps // 4))
 
 
 def row_product_reference(x: Fp8 | Tensor, w: Fp8 | Tensor) -> Tensor:

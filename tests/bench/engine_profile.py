@@ -58,13 +58,8 @@ def main() -> None:
     options.add_argument("--weights", choices=("fp8", "experts", "model"), default="model")
     options.add_argument("--cache", choices=("model", "fp8"), default="model")
     options.add_argument("--top", type=int, default=25)
-    options.add_argument("--dependent", action="store_true", help="launches dependent on each other (kernels.chain)")
     options.add_argument("--plain", action="store_true", help="without the fused kernels of teacher.fused")
     chosen = options.parse_args()
-    if chosen.dependent:
-        from teacher.kernels import chain
-
-        chain.enabled = True
     if chosen.plain:
         teacher.runner.fused_obstacle = lambda model: "switched off"
     model = quantized(lite(), chosen.weights)

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from teacher.cache import LatentCache
 from teacher.config import DeepseekV3Config
-from teacher.experts import MoE
+from teacher.experts import MLP, MoE
 from teacher.fp8 import FP8
-from teacher.fused import MOST_PAIRED, Step
+from teacher.fused import MOST_PAIRED, FusedMLP, Step
 from teacher.model import DeepseekV3
 from teacher.quantized_experts import QuantizedExperts, quantize_experts
-from teacher.quantized_linear import quantize_linears
+from teacher.quantized_linear import QuantizedLinear, quantize_linears
 from teacher.routing import Routing
 from teacher.runner import TorchRunner
 from tests.bench.kernels_timing import Bench, Ceilings, Row
@@ -107,6 +107,7 @@ class Layers:
             else:
                 layer.normal_()
         self.runner = TorchRunner(model, self.cache, kernels)
+        self.shared = shared_alone(self.experts)
 
     def inputs(self, rows: int, new: int, context: int) -> tuple[Tensor, Tensor, Tensor, Any, bool]:
         """Hidden states of `new` tokens of `rows` sequences that end at `context`, and where their caches lie."""
@@ -178,7 +179,6 @@ def measure(layers: Layers, bench: Any, ceilings: Ceilings, rows: int, new: int,
         time_of("norms", norms)
         time_of("router", lambda: moe.gate(x_NH))
     else:
-        from teacher.kernels import chain
         from teacher.kernels.rms_norm import add_rms_norm
 
         numbers_N = torch.arange(tokens, dtype=torch.int32, device=layers.device)
@@ -192,13 +192,10 @@ def measure(layers: Layers, bench: Any, ceilings: Ceilings, rows: int, new: int,
             sum_NH, more_SNH = one.extend(x_NH, None, step, views[1])
             error_NH = sum_NH.float() + more_SNH.float().sum(0) - x_NH.float() - plain_NH
             found["fused_error"] = round(float(error_NH.abs().mean() / plain_NH.abs().mean()), 5)
-            time_of("moe layer, not fused", lambda: sparse.extend(x, cos, sin, views[1], absorbed))
+            if rows in (1, 64):
+                time_of("moe layer, not fused", lambda: sparse.extend(x, cos, sin, views[1], absorbed))
         time_of("moe layer", lambda: one.extend(x_NH, parts_SNH, step, views[1]))
-        chain.enabled = not chain.enabled
-        by_other = one.extend(x_NH, parts_SNH, step, views[1])[1]
-        time_of(f"moe layer, dependent launches {chain.enabled}", lambda: one.extend(x_NH, parts_SNH, step, views[1]))
-        chain.enabled = not chain.enabled
-        found["dependent_equal"] = torch.equal(by_other, one.extend(x_NH, parts_SNH, step, views[1])[1])
+        time_of("dense", lambda: fused.layers[0].mlp(normed.in_fp8 or normed.normed_NH))
         time_of("dense layer", lambda: fused.layers[0].extend(x_NH, parts_SNH, step, views[0]))
         time_of("attention", lambda: one._attend(normed.in_fp8 or normed.normed_NH, step, views[1]))
         time_of("norms", lambda: [add_rms_norm(x_NH, parts_SNH, weight, 1e-6, in_fp8) for _ in range(2)])
@@ -208,13 +205,17 @@ def measure(layers: Layers, bench: Any, ceilings: Ceilings, rows: int, new: int,
         time_of("experts", lambda: moe.experts.pairs(normed.in_fp8, routing))
     else:
         time_of("experts", lambda: moe.experts(x_NH, routing))
-    alone = part_of(layers.experts, slice(-1, None))
-    token_N1 = torch.zeros(tokens, 1, dtype=torch.int64, device=layers.device)
-    weight_N1 = torch.ones(tokens, 1, device=layers.device)
-    time_of("shared alone", lambda: alone(x_NH, Routing(token_N1, weight_N1, weight_N1)))
+    if fused is not None and normed.in_fp8 is not None:
+        time_of("shared alone", lambda: layers.shared(normed.in_fp8))
+    else:
+        alone = part_of(layers.experts, slice(-1, None))
+        token_N1 = torch.zeros(tokens, 1, dtype=torch.int64, device=layers.device)
+        weight_N1 = torch.ones(tokens, 1, device=layers.device)
+        time_of("shared alone", lambda: alone(x_NH, Routing(token_N1, weight_N1, weight_N1)))
     if moe.shared_experts is not None:
         time_of("shared", lambda: moe.shared_experts(x))
-    time_of("dense", lambda: layers.dense.mlp(x))
+    if fused is None:
+        time_of("dense", lambda: layers.dense.mlp(x))
     time_of("experts, one GPU's share of 8", share(layers, tokens))
     found["floor_us"] = {name: round(floor_seconds(each, ceilings) * 1e6, 2) for name, each in floors.items()}
     floor = found["floor_us"]
@@ -234,6 +235,20 @@ def share(layers: Layers, tokens: int) -> Callable[[], Any]:
     weights_N1 = torch.rand(pairs, 1, device=layers.device) + 0.1
     part = part_of(layers.experts, slice(own))
     return lambda: part(x_NH, Routing(indices_N1, weights_N1, weights_N1))
+
+
+def shared_alone(experts: QuantizedExperts) -> FusedMLP:
+    """The last expert as the fused feed-forward that a GPU would run beside its share of the routed ones."""
+    hidden, inner = experts.down_proj.shape[1:]
+    with torch.device("meta"):
+        mlp = MLP(hidden, inner)
+    weights = (*experts.gate_up_proj[-1].chunk(2), experts.down_proj[-1])
+    scales = (*experts.gate_up_scale[-1].chunk(2), experts.down_scale[-1])
+    for name, weight, scale in zip(("gate_proj", "up_proj", "down_proj"), weights, scales, strict=True):
+        linear = QuantizedLinear(weight.shape[1], weight.shape[0], None, weight.device)
+        linear.weight, linear.weight_scale = weight, scale
+        setattr(mlp, name, linear)
+    return FusedMLP(mlp)
 
 
 def part_of(experts: QuantizedExperts, some: slice) -> QuantizedExperts:
@@ -279,8 +294,7 @@ def line(found: dict[str, Any]) -> str:
     said = f" | 8 GPUs: {ahead.get('step_ms')} ms, {ahead.get('tokens_per_second')} tokens/s"
     if "moe layer, not fused" in found["us"]:
         said += f" (not fused: {found['us']['moe layer, not fused']}, apart by {found['fused_error']})"
-        said += f", dependent launches the same bits: {found['dependent_equal']}"
-    said += "".join(f" ({name}: {us})" for name, us in found["us"].items() if "dependent" in name or "sorted" in name)
+        said += "".join(f" ({name}: {us})" for name, us in found["us"].items() if "sorted" in name)
     return what + "".join(cell(name) for name in ("moe layer", "dense layer", *PARTS)) + said
 
 

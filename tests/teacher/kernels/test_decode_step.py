@@ -14,6 +14,7 @@ from teacher.kernels.operands import Fp8
 from teacher.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
 from teacher.kernels.router import choose
 from teacher.kernels.row_product import choose_splits, row_product, row_product_reference
+from teacher.kernels.swiglu import swiglu, swiglu_reference
 from teacher.norm import RMSNorm
 from teacher.routing import Router
 from tests.teacher.kernels.grouped import relative
@@ -41,6 +42,8 @@ def test_row_product(rows, outputs, inputs, quantised, splits, device):
     assert found.dtype == torch.float32 and 1 <= len(found) <= (splits or 4)
     assert relative(found.sum(0), row_product_reference(a, b)) < 1e-3
     assert torch.equal(found, row_product(a, b, splits))
+    one = row_product(a, b, 1, torch.bfloat16)
+    assert one.dtype == torch.bfloat16 and relative(one[0], row_product_reference(a, b)) < 3e-3
 
 
 def test_row_product_refuses(device):
@@ -51,13 +54,12 @@ def test_row_product_refuses(device):
         row_product(torch.randn(300, 64, device=device).bfloat16(), w.bfloat16())
     with pytest.raises(ValueError, match="x has 64 columns, w 48; taken: the same"):
         row_product(x.bfloat16(), w[:, :48].contiguous().bfloat16())
-    with pytest.raises(ValueError, match=r"parts of 2 splits are fp32; out is torch\.bfloat16"):
-        row_product(torch.cat([x] * 4, 1).bfloat16(), torch.cat([w] * 4, 1).bfloat16(), 2, torch.bfloat16)
 
 
 def test_splits_fill_the_chip_and_are_not_too_short():
-    assert choose_splits(33, 56, 132) == 12 and choose_splits(384, 12, 132) == 1 and choose_splits(4, 56, 132) == 14
-    assert choose_splits(1, 2, 132) == 1
+    assert choose_splits(33, 56, 132) == 10 and choose_splits(384, 12, 132) == 1 and choose_splits(4, 56, 132) == 14
+    assert choose_splits(112, 128, 132) == 3 and choose_splits(112, 128, 132, 128) == 2
+    assert choose_splits(224, 128, 132, 128) == 1 and choose_splits(1, 2, 132) == 1
 
 
 @pytest.mark.parametrize("parts", [0, 1, 3])
@@ -73,6 +75,15 @@ def test_add_rms_norm(rows, hidden, parts, device):
     assert torch.equal(found.in_fp8.values.view(torch.uint8), exact[0].view(torch.uint8))
     assert torch.equal(found.in_fp8.scales, exact[1]) and found.in_fp8.scales.stride(0) == 1
     assert add_rms_norm(x, more, weight, 1e-6).in_fp8 is None
+
+
+@pytest.mark.parametrize(("rows", "inner", "parts"), [(1, 128, 1), (3, 1088, 2)])
+@pytest.mark.parametrize("in_fp8", [True, False])
+def test_swiglu(rows, inner, parts, in_fp8, device):
+    x = torch.randn(parts, rows, 2 * inner, device=device)
+    found, expected = swiglu(x, in_fp8), swiglu_reference(x, in_fp8)
+    assert same_fp8(found, expected) if in_fp8 else relative(found, expected) < 2e-3
+    assert relative(swiglu(x[:1].bfloat16()), swiglu_reference(x[:1].bfloat16())) < 2e-3
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,8 @@ def test_pairs_are_the_layer(tokens, experts, k, shared, device):
     assert relative(found.sum(0), expected) < 5e-3
     assert relative(found.sum(0), expert_layer(x, indices, weights, gate_up8, down8, shared)) < 5e-3
     assert torch.equal(found, expert_pairs(x8, indices, weights, gate_up8, down8, shared))
+    in_parts = expert_pairs(x8, indices, weights, gate_up8, down8, shared, share=2)
+    assert len(in_parts) == -(-(k + shared) // 2) and relative(in_parts.sum(0), found.sum(0)) < 1e-5
 
 
 @pytest.mark.parametrize(("tokens", "shared"), [(1, 0), (3, 2)])

@@ -96,6 +96,9 @@ def test_fused_steps_are_the_models(fields, device, plainly):
 def test_in_fp8_they_are_as_near_the_truth_as_the_models(weights, cache_dtype, fields, device, plainly):
     """So small a random model carries a difference of a last bit, by way of another code of e4m3, to a tenth of its
     result; so both are held against the model before it was rounded."""
+    if device == "cuda" and cache_dtype == torch.uint8:  # there the MLA kernel is proved for V3's rows alone
+        fields = fields | {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_attention_heads": 16}
+        fields |= {"num_key_value_heads": 16}
     model = model_of(device, "model", **fields)
     truth = plainly(model, True, torch.bfloat16, device)
     in_fp8(model, weights)
