@@ -5,7 +5,8 @@ Shapes of the products are DeepGEMM's published ones; a floor of bytes counts ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -19,7 +20,14 @@ from teacher.kernels.grouped_gemm import (
     grouped_swiglu_reference,
 )
 from teacher.kernels.operands import Fp8, Groups
-from teacher.kernels.quantize import quantize_activations, quantize_activations_transposed, quantize_weights
+from teacher.kernels.quantize import (
+    quantize_activations,
+    quantize_activations_both_ways,
+    quantize_activations_transposed,
+    quantize_weights,
+    quantize_weights_both_ways,
+    requantize_transposed,
+)
 from teacher.quantized_experts import expert_layer_reference
 from tests.bench import kernels_operands as draw
 from tests.bench.kernels_operands import EXPERTS, HIDDEN, INNER, TOP_K, contiguous, routing, stack, visited
@@ -38,11 +46,20 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def checks(bench: Bench) -> Iterator[Check]:
     x = torch.randn(1088, 577 * 16, device="cuda", dtype=torch.bfloat16) * torch.rand(1088, 1, device="cuda").exp2()
+    along, along_t = quantize(x, ACTIVATION_BLOCK), quantize(x.t(), ACTIVATION_BLOCK)
+    blocks, blocks_t = quantize(x, WEIGHT_BLOCK), quantize(x.t(), WEIGHT_BLOCK)
+    back = dequantize(*along, torch.float32, ACTIVATION_BLOCK)
+    both, weights_both = quantize_activations_both_ways(x), quantize_weights_both_ways(x)
     for name, found, expected in (
-        ("activations", quantize_activations(x), quantize(x, ACTIVATION_BLOCK)),
-        ("activations transposed", quantize_activations_transposed(x), quantize(x.t(), ACTIVATION_BLOCK)),
-        ("weights", quantize_weights(x), quantize(x, WEIGHT_BLOCK)),
-        ("weights transposed", quantize_weights(x, transposed=True), quantize(x.t(), WEIGHT_BLOCK)),
+        ("activations", quantize_activations(x), along),
+        ("activations transposed", quantize_activations_transposed(x), along_t),
+        ("activations both ways", both[0], along),
+        ("activations both ways, transposed", both[1], along_t),
+        ("activations anew, transposed", requantize_transposed(*along), quantize(back.t(), ACTIVATION_BLOCK)),
+        ("weights", quantize_weights(x), blocks),
+        ("weights transposed", quantize_weights(x, transposed=True), blocks_t),
+        ("weights both ways", weights_both[0], blocks),
+        ("weights both ways, transposed", weights_both[1], blocks_t),
     ):
         codes = (found[0].contiguous().view(torch.uint8) != expected[0].contiguous().view(torch.uint8)).sum()
         yield Check(f"quantise {name}: values that differ", float(codes + (found[1] != expected[1]).sum()), 0)
@@ -87,17 +104,26 @@ def _products(counts: list[int], starts: list[int] | None) -> Iterator[Check]:
 
 
 def rows_of_casts(bench: Bench) -> Iterator[Row]:
+    """And a copy of as many bytes, which pays as they do for its start and for the lines that the flush left."""
     count = 16384
     sets = [torch.randn(count, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    moved = count * HIDDEN * 3 + count * HIDDEN // 32
-    for name, cast in (
-        ("activations", quantize_activations),
-        ("activations transposed", quantize_activations_transposed),
-        ("weights", quantize_weights),
-        ("weights transposed", lambda x: quantize_weights(x, transposed=True)),
-    ):
-        runs = [lambda x=x, cast=cast: cast(x) for x in sets]  # type: ignore[misc]
+    eight = [quantize_activations(x) for x in sets]
+    one, scales = count * HIDDEN, count * HIDDEN // 32  # a byte a value; a scale of 4 for 128 of them
+    casts: list[tuple[str, int, list[Callable[[], Any]]]] = [
+        ("activations", 3 * one + scales, [lambda x=x: quantize_activations(x) for x in sets]),
+        ("activations transposed", 3 * one + scales, [lambda x=x: quantize_activations_transposed(x) for x in sets]),
+        ("activations both ways", 4 * one + 2 * scales, [lambda x=x: quantize_activations_both_ways(x) for x in sets]),
+        ("activations anew, transposed", 2 * (one + scales), [lambda x=x: requantize_transposed(*x) for x in eight]),
+        ("weights", 3 * one, [lambda x=x: quantize_weights(x) for x in sets]),
+        ("weights transposed", 3 * one, [lambda x=x: quantize_weights(x, transposed=True) for x in sets]),
+        ("weights both ways", 4 * one, [lambda x=x: quantize_weights_both_ways(x) for x in sets]),
+    ]
+    for name, moved, runs in casts:
         yield bench.measure(f"quantise {name}", f"{count} x {HIDDEN}", "ours", 0, moved, runs)
+    halves = [torch.randn(3 * one // 8, device="cuda") for _ in range(2)]
+    outs = [torch.empty_like(x) for x in halves]
+    runs = [lambda x=x, out=out: torch.neg(x, out=out) for x, out in zip(halves, outs, strict=True)]
+    yield bench.measure("quantise: a copy of as many bytes", f"{count} x {HIDDEN}", "torch.neg", 0, 3 * one, runs)
 
 
 def rows_of_products(bench: Bench) -> Iterator[Row]:
