@@ -1,14 +1,18 @@
 """Compiled layers and activations made anew: the same gradients, names that stay, and when a GPU gets them."""
 
+import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from students import loop
 from students.attention import use_training_attention
 from students.compiled import WORTH_COMPILING, compilation, compile_layers, recompute_layers
 from students.data import build_examples
@@ -17,6 +21,10 @@ from students.lora import Lora, add_adapters
 from students.packing import collate
 from students.sft import sft
 from tests.students.rows import rows, settings
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
 
 def opened(folder: Path, method: str) -> Any:
@@ -92,6 +100,25 @@ def test_recompute_does_not_change_the_training(qwen: Path, tmp_path: Path) -> N
     sft(settings(qwen, recompute=True), rows(60), rows(8, first=60), tmp_path / "anew")
     plain, anew = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("plain", "anew"))
     assert all(torch.equal(weight, anew[name]) for name, weight in plain.items())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_with_compiled_layers_evaluates_and_exports(
+    qwen: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    sft(settings(qwen, method=method, epochs=1), rows(60), rows(8, first=60), tmp_path / "plain")
+    monkeypatch.setattr(loop, "compile_layers", partial(compile_layers, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    sft(settings(qwen, method=method, epochs=1, compile="layers"), rows(60), rows(8, first=60), tmp_path / "fast")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # none for evaluation
+    plain, fast = (log_of(tmp_path / name) for name in ("plain", "fast"))
+    for ours, theirs in zip(fast, plain, strict=True):
+        for key in ("loss", "grad_norm", "validation_loss"):
+            assert (key in ours) == (key in theirs)
+            assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-4)
+    names = [list(load_file(tmp_path / name / "model.safetensors")) for name in ("plain", "fast")]
+    assert names[0] == names[1]
 
 
 def test_layers_are_compiled_on_a_gpu_for_long_runs_only() -> None:

@@ -48,9 +48,9 @@ def test_packed_kernel_has_the_loss_and_gradients_of_single_examples(base: str, 
         assert errors[name, True] < 2 * errors[name, False] + 1e-3, name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fine_tuning_on_the_gpu(qwen: Path, tmp_path: Path, dtype: str) -> None:
-    sft(settings(qwen, dtype=dtype), rows(60), rows(8, first=60), tmp_path / "gpu")
+@pytest.mark.parametrize(("dtype", "how"), [("float32", "off"), ("bfloat16", "off"), ("bfloat16", "layers")])
+def test_fine_tuning_on_the_gpu(qwen: Path, tmp_path: Path, dtype: str, how: str) -> None:
+    sft(settings(qwen, dtype=dtype, compile=how), rows(60), rows(8, first=60), tmp_path / "gpu")
     log = [json.loads(line) for line in (tmp_path / "gpu" / "training_log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.7 * log[0]["loss"] and log[-1]["validation_loss"] < log[0]["loss"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "gpu").dtype == torch.float32
