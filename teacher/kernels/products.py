@@ -28,6 +28,7 @@ from teacher.kernels.weight_gemm import WeightTile, grouped_weight_gemm
 
 _TILES = 528  # of a weight's gradient, 4 for each multiprocessor: tokens are cut into parts until there are so many
 _LEAST_BLOCKS = 8  # of 128 tokens in a part
+_PARTS: dict[tuple[int, int, torch.device, int], Groups] = {}
 
 
 def along_columns(x_RC: Tensor) -> Quantized:
@@ -58,11 +59,12 @@ def weight(w: Tensor) -> Quantized:
 
 
 def product(x_NK: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tensor:
-    return _product(x_NK, w_OK.values[None], w_OK.scale[None], _all_rows(len(x_NK.values), x_NK.values.device), dtype)
+    groups = _parts(len(x_NK.values), len(x_NK.values), x_NK.values.device)
+    return _product(x_NK, w_OK.values[None], w_OK.scale[None], groups, dtype)
 
 
 def input_product(dy_NO: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tensor:
-    groups = _all_rows(len(dy_NO.values), dy_NO.values.device)
+    groups = _parts(len(dy_NO.values), len(dy_NO.values), dy_NO.values.device)
     return _product(dy_NO, w_OK.values.mT.contiguous()[None], w_OK.scale.mT.contiguous()[None], groups, dtype)
 
 
@@ -71,8 +73,7 @@ def weight_product(dy_NO: Quantized, x_NK: Quantized) -> Tensor:
     (outputs, tokens), inputs = dy_NO.values.shape, x_NK.values.shape[0]
     parts = max(1, _TILES // max(1, -(-outputs // WeightTile().rows) * -(-inputs // WeightTile().columns)))
     each = max(_LEAST_BLOCKS, -(-tokens // (128 * parts)))
-    start = torch.arange(0, max(1, tokens), each * 128, dtype=torch.int32, device=dy_NO.values.device)
-    groups = Groups(start, (tokens - start).clamp_(max=each * 128))
+    groups = _parts(tokens, each * 128, dy_NO.values.device)
     found = grouped_weight_gemm(Fp8(*dy_NO[:2]), Fp8(*x_NK[:2]), groups)
     return found[0] if len(found) == 1 else found.sum(0)
 
@@ -102,7 +103,17 @@ def _groups(ends_E: Tensor) -> Groups:
     return Groups(start_E, ends_E - start_E)
 
 
-def _all_rows(rows: int, device: torch.device) -> Groups:
-    """One expert with all rows. Filled on the device: a copy from the host could not be captured in a CUDA graph."""
-    start = torch.zeros(1, dtype=torch.int32, device=device)
-    return Groups(start, torch.full_like(start, rows))
+def _parts(rows: int, each: int, device: torch.device) -> Groups:
+    """`rows` rows in parts of `each`, filled on the device: a copy from the host could not be captured in a CUDA graph.
+
+    Kept for good, since graphs hold on to their addresses, and for the stream that filled them; not those made while
+    one is captured, which are the graph's.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if (found := _PARTS.get((rows, each, device, stream))) is not None:
+        return found
+    start = torch.arange(0, max(1, rows), max(1, each), dtype=torch.int32, device=device)
+    made = Groups(start, (rows - start).clamp_(max=each))
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        _PARTS[rows, each, device, stream] = made
+    return made
