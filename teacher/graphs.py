@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from teacher.cache import LatentCache
+from teacher.kernels.arguments import obstacle
 from teacher.model import DeepseekV3
 from teacher.runner import Batch, TorchRunner, _index
 from teacher.sampling import Settings, sample_likely
@@ -172,8 +173,13 @@ class _Draw:
         temperature_M, top_p_M, min_p_M = self._words_6M[:3].view(torch.float64).float()
         top_k_M, seed_M, counter_M = self._words_6M[3:]
         settings = Settings(temperature_M, top_p_M, top_k_M, min_p_M, seed_M)
-        drawn_M, sure_M = sample_likely(self._logits_MV, settings, counter_M)
-        self._output_2M.copy_(torch.stack((drawn_M, sure_M.long())))
+        if obstacle(self._logits_MV.device) is None:
+            from teacher.kernels.draw import draw_likely
+
+            draw_likely(self._logits_MV, settings, counter_M, self._output_2M)
+        else:
+            drawn_M, sure_M = sample_likely(self._logits_MV, settings, counter_M)
+            self._output_2M.copy_(torch.stack((drawn_M, sure_M.long())))
 
     def replay(
         self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Candidates sorted at first. top-p of a trained model rarely needs more; rows that do make the whole batch sort all.
-_CANDIDATES = 64
+CANDIDATES = 64
 
 
 def uniform(seed_B: Tensor, counter_B: Tensor) -> Tensor:
@@ -97,11 +97,11 @@ def _probabilities(logits_BV: Tensor, settings: Settings) -> Tensor:
 def _most_likely(logits_BV: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """The largest probabilities, descending, their tokens, and in which rows no limit can reach further."""
     probs_BV = _probabilities(logits_BV, settings)
-    if probs_BV.shape[-1] <= 2 * _CANDIDATES:
+    if probs_BV.shape[-1] <= 2 * CANDIDATES:
         return *probs_BV.sort(dim=-1, descending=True, stable=True), torch.ones_like(settings.seed_B, dtype=torch.bool)
     # A partial sort is a third of a full one at 300 tokens, a twentieth at 32,000.
-    sorted_BK, tokens_BK = probs_BV.topk(_CANDIDATES, dim=-1)
-    enough_B = (settings.top_k_B > 0) & (settings.top_k_B <= _CANDIDATES)
+    sorted_BK, tokens_BK = probs_BV.topk(CANDIDATES, dim=-1)
+    enough_B = (settings.top_k_B > 0) & (settings.top_k_B <= CANDIDATES)
     enough_B |= (settings.top_k_B == 0) & (settings.min_p_B == 0) & (sorted_BK.sum(-1) > settings.top_p_B)
     enough_B |= sorted_BK[:, -1] < settings.min_p_B * sorted_BK[:, 0]
     return sorted_BK, tokens_BK, enough_B | (settings.temperature_B <= 0)

@@ -1,0 +1,61 @@
+"""The sampler by kernels draws what the sampler draws."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from teacher.kernels.draw import draw_likely
+from teacher.sampling import Settings, sample_likely
+
+ROWS = 60
+
+
+def settings(device, **values):
+    given = {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "min_p": 0.0} | values
+    floats = [torch.full((ROWS,), given[name], device=device) for name in ("temperature", "top_p", "min_p")]
+    top_k = torch.full((ROWS,), given["top_k"], dtype=torch.int64, device=device)
+    seed = torch.randint(-(2**62), 2**62, (ROWS,), device=device)
+    return Settings(floats[0], floats[1], top_k, floats[2], seed)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 128, 300, 9000])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {}, {"top_p": 0.9}, {"top_k": 5}, {"top_k": 64}, {"top_k": 70}, {"min_p": 0.1}, {"temperature": 0.0},
+        {"top_p": 0.5, "top_k": 40, "min_p": 0.05}, {"temperature": 2.0, "top_p": 0.95},
+    ],
+)  # fmt: skip
+def test_the_same_tokens(vocabulary, limits, device):
+    torch.manual_seed(vocabulary)
+    logits = (torch.randn(ROWS, vocabulary, device=device) * 4).contiguous()
+    logits[::7] *= 10  # nearly all on one token
+    how = settings(device, **limits)
+    counter = torch.arange(ROWS, device=device)
+    found, sure = draw_likely(logits, how, counter)
+    expected, sure_expected = sample_likely(logits, how, counter)
+    # The sums are added in another order: a draw or a limit on a border may fall to its other side.
+    assert (sure.bool() == sure_expected).float().mean() >= 0.98
+    assert (found == expected).float().mean() >= 0.98
+    assert len(found.unique()) > 10
+
+
+def test_equal_logits_and_bf16(device):
+    """At temperature 0 the first of the largest, as argmax has it; in bf16 many are equal."""
+    torch.manual_seed(0)
+    logits = torch.randn(ROWS, 5000, device=device).mul_(2).round_().bfloat16()
+    how, counter = settings(device, temperature=0.0), torch.zeros(ROWS, dtype=torch.int64, device=device)
+    found, sure = draw_likely(logits, how, counter)
+    assert torch.equal(found, (logits.float() == logits.float().amax(-1, keepdim=True)).int().argmax(-1)) and sure.all()
+
+
+def test_every_seed_its_own_draw(device):
+    logits = torch.zeros(ROWS, 100, device=device)
+    how = settings(device, temperature=1.0)
+    first, _ = draw_likely(logits, how, torch.zeros(ROWS, dtype=torch.int64, device=device))
+    again, _ = draw_likely(logits, how, torch.zeros(ROWS, dtype=torch.int64, device=device))
+    later, _ = draw_likely(logits, how, torch.ones(ROWS, dtype=torch.int64, device=device))
+    assert torch.equal(first, again) and not torch.equal(first, later) and len(first.unique()) > 25
+    with pytest.raises(ValueError, match="temperature_B is float64; taken: float32"):
+        draw_likely(logits, how._replace(temperature_B=how.temperature_B.double()), first)
