@@ -104,7 +104,9 @@ def mla_decode(
     blocks = -(-queries // block_m)
     if splits is None:
         tiles = -(-table_BP.shape[1] * page_size // config.block_n)
-        splits = choose_splits(rows * blocks, tiles, _processors(cache_PGW.device) * config.programs)
+        splits = choose_splits(
+            rows * blocks, tiles, _processors(cache_PGW.device) * config.programs // (2 if block_m == 128 else 1)
+        )
     elif not 1 <= splits <= _MOST_SPLITS:
         raise ValueError(f"splits is {splits}; expected 1 to {_MOST_SPLITS}")
     arguments = q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, scale, first_B

@@ -20,7 +20,6 @@ from teacher.kernels.arguments import INTERPRETED
 from teacher.kernels.cuda.build import call, library
 
 TILE = 64  # keys
-_FEW = "16b"
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +57,10 @@ def preferred(fp8: bool, queries: int) -> bool:
 
 
 def queries_of_program(fp8: bool, queries: int) -> int:
-    return 16 if fp8 and queries <= 16 else 64
+    """16 where the bytes of an FP8 cache bind; 128 is a pair of CTAs, which takes two SMs and wants both of them full."""
+    if fp8 and queries <= 16:
+        return 16
+    return 128 if -(-queries // 64) % 2 == 0 else 64
 
 
 def launch(
@@ -86,7 +88,7 @@ def launch(
         int(starts % 16 == 0 and all(stride % 8 == 0 for stride in strides)), int(parts.dtype == torch.float32),
     )  # fmt: skip
     stream = ctypes.c_void_p(torch.cuda.current_stream(cache_PGW.device).cuda_stream)
-    attend = getattr(built, f"mla_decode_{'fp8' if fp8 else 'bf16'}_{_FEW if block_m == 16 else block_m}")
+    attend = getattr(built, f"mla_decode_{'fp8' if fp8 else 'bf16'}_{block_m}")
     with torch.cuda.device(cache_PGW.device):
         call(attend, ctypes.byref(arguments), stream)
         if splits > 1:

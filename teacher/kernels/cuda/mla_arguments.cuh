@@ -67,6 +67,20 @@ __device__ __forceinline__ uint4 load_chunk(const __nv_bfloat16* from, bool alig
     return {v[0], v[1], v[2], v[3]};
 }
 
+// The largest size of a warp's chunks' values.
+__device__ __forceinline__ float largest(const uint4& chunk) {
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(&chunk)[i]);
+        most = fmaxf(most, fmaxf(fabsf(two.x), fabsf(two.y)));
+    }
+    for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFF, most, step));
+    return most;
+}
+// The power of two at or below, not too small for its inverse.
+__device__ __forceinline__ float power_of_two(float x) { return __uint_as_float(__float_as_uint(fmaxf(x, 1e-30f)) & 0x7F800000); }
+
 // The keys of one program: positions [begin, end) are seen by some query of it, of which its split has tiles
 // [low, high). Up to `alike` every query of the program sees every key from `begin` on.
 struct Span {

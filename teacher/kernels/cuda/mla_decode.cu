@@ -2,19 +2,16 @@
 // each returns a cudaError_t.
 
 #include "mla_decode_16.cuh"
-#include "mla_decode_16b.cuh"
+#include "mla_decode_128.cuh"
 #include "mla_decode_64.cuh"
-#ifndef MLA_PAIR
-#define MLA_PAIR 1
-#endif
 
 namespace mla {
 
-constexpr int kMostSplits = 128;
+constexpr int kMostSplits = 128, kColumns = kRank / 4, kGroups = 4;
 
-// A CTA a query, a thread four columns: the splits' parts weighted by their shares of the softmax's sum. A split whose
+// A CTA a query, a thread four columns of some splits: the splits' parts weighted by their shares of the softmax's sum. A split whose
 // share is none has written no part.
-__global__ void __launch_bounds__(kRank / 4)
+__global__ void __launch_bounds__(kColumns* kGroups)
     merge(const float* parts, const float* lse, void* out, int queries, int splits, int out_float) {
     const int m = blockIdx.x, lane = threadIdx.x % 32;
     const int64_t first = int64_t(blockIdx.y) * splits * queries + m;
@@ -32,20 +29,29 @@ __global__ void __launch_bounds__(kRank / 4)
         total += weight[k];
     }
     for (int step = 16; step; step /= 2) total += __shfl_xor_sync(0xFFFFFFFF, total, step);
+    // A group of 128 threads has every GROUPS-th split; what a split without a share has left there may be NaN.
+    const int groups = blockDim.x / kColumns, group = threadIdx.x / kColumns, column = threadIdx.x % kColumns * 4;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int k = 0; k < kMostSplits / 32; k++)
-#pragma unroll 4
-        for (int j = 0; j < min(32, splits - 32 * k); j++) {
+#pragma unroll 8
+        for (int j = group; j < min(32, splits - 32 * k); j += groups) {
             const float w = __shfl_sync(0xFFFFFFFF, weight[k], j);
-            if (w == 0.0f) continue;
-            const float4 part = *reinterpret_cast<const float4*>(
-                parts + (first + int64_t(32 * k + j) * queries) * kRank + 4 * threadIdx.x);
-            sum.x = fmaf(w, part.x, sum.x), sum.y = fmaf(w, part.y, sum.y);
-            sum.z = fmaf(w, part.z, sum.z), sum.w = fmaf(w, part.w, sum.w);
+            const float4 part =
+                *reinterpret_cast<const float4*>(parts + (first + int64_t(32 * k + j) * queries) * kRank + column);
+            sum.x += w == 0.0f ? 0.0f : w * part.x, sum.y += w == 0.0f ? 0.0f : w * part.y;
+            sum.z += w == 0.0f ? 0.0f : w * part.z, sum.w += w == 0.0f ? 0.0f : w * part.w;
         }
+    __shared__ float4 sums[kGroups - 1][kColumns];
+    if (group > 0) sums[group - 1][threadIdx.x % kColumns] = sum;
+    __syncthreads();
+    if (group > 0) return;
+    for (int i = 0; i < groups - 1; i++) {
+        const float4 more = sums[i][threadIdx.x];
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    const int64_t to = (int64_t(blockIdx.y) * queries + m) * kRank + 4 * threadIdx.x;
+    const int64_t to = (int64_t(blockIdx.y) * queries + m) * kRank + column;
     if (out_float) {
         *reinterpret_cast<float4*>(static_cast<float*>(out) + to) =
             make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse);
@@ -68,7 +74,8 @@ static cudaError_t launch(void (*kernel)(Parameters...), int threads, int cluste
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(cluster), 1, 1};
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((a.tokens * a.heads + QUERIES - 1) / QUERIES, a.rows, a.splits);
+    const int programs = (a.tokens * a.heads + QUERIES - 1) / QUERIES;
+    config.gridDim = dim3(QUERIES == 2 * mla::kQueries ? 2 * programs : programs, a.rows, a.splits);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = size;
     config.stream = stream;
@@ -77,15 +84,12 @@ static cudaError_t launch(void (*kernel)(Parameters...), int threads, int cluste
     return cudaLaunchKernelEx(&config, kernel, a, more...);
 }
 
-// Whether two CTAs share what they load.
-static bool paired(const mla::Arguments& a) {
-    return (a.tokens * a.heads + mla::kQueries - 1) / mla::kQueries % 2 == 0;
-}
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-extern "C" int mla_decode_bf16_64(const mla::Arguments* a, cudaStream_t stream) {
-    using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+// Boxes of 64 rows x `columns` values of a bf16 cache.
+static cudaError_t boxes(CUtensorMap* map, const mla::Arguments& a, cuuint32_t columns, CUtensorMapSwizzle swizzle) {
     static Encode encode = nullptr;
     if (!encode) {
         cudaDriverEntryPointQueryResult found;
@@ -95,28 +99,39 @@ extern "C" int mla_decode_bf16_64(const mla::Arguments* a, cudaStream_t stream) 
         if (error != cudaSuccess || !symbol) return cudaErrorNotSupported;
         encode = reinterpret_cast<Encode>(symbol);
     }
+    const cuuint64_t sizes[2] = {mla::kRank + mla::kRope, cuuint64_t(a.cache_rows)}, pitch[1] = {sizes[0] * 2};
+    const cuuint32_t box[2] = {columns, mla::kPage}, steps[2] = {1, 1};
+    const CUresult result =
+        encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(a.cache), sizes, pitch, box, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+extern "C" int mla_decode_bf16_64(const mla::Arguments* a, cudaStream_t stream) {
     CUtensorMap map;
-    const cuuint64_t sizes[2] = {mla::kRank + mla::kRope, cuuint64_t(a->cache_rows)}, pitch[1] = {sizes[0] * 2};
-    const cuuint32_t box[2] = {64, mla::kPage}, steps[2] = {1, 1};
-    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(a->cache), sizes, pitch, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-        return cudaErrorInvalidValue;
-    if (MLA_PAIR && paired(*a)) return launch<mla::Shared, mla::kQueries>(mla::decode_64<false, true>, 384, 2, *a, stream, map);
-    return launch<mla::Shared, mla::kQueries>(mla::decode_64<false, false>, 384, 1, *a, stream, map);
+    if (const cudaError_t error = boxes(&map, *a, 64, CU_TENSOR_MAP_SWIZZLE_128B)) return error;
+    return launch<mla::Shared, mla::kQueries>(mla::decode_64<false>, 384, 1, *a, stream, map);
+}
+
+extern "C" int mla_decode_bf16_128(const mla::Arguments* a, cudaStream_t stream) {
+    CUtensorMap map, rope;
+    if (const cudaError_t error = boxes(&map, *a, 64, CU_TENSOR_MAP_SWIZZLE_128B)) return error;
+    if (const cudaError_t error = boxes(&rope, *a, 32, CU_TENSOR_MAP_SWIZZLE_64B)) return error;
+    return launch<mla::SharedPair, 2 * mla::kQueries>(mla::decode_128<false>, 384, 2, *a, stream, map, rope);
+}
+
+extern "C" int mla_decode_fp8_128(const mla::Arguments* a, cudaStream_t stream) {
+    return launch<mla::SharedPair, 2 * mla::kQueries>(
+        mla::decode_128<true>, 384, 2, *a, stream, CUtensorMap{}, CUtensorMap{});
 }
 
 extern "C" int mla_decode_fp8_64(const mla::Arguments* a, cudaStream_t stream) {
-    if (MLA_PAIR && paired(*a)) return launch<mla::Shared, mla::kQueries>(mla::decode_64<true, true>, 384, 2, *a, stream, CUtensorMap{});
-    return launch<mla::Shared, mla::kQueries>(mla::decode_64<true, false>, 384, 1, *a, stream, CUtensorMap{});
+    return launch<mla::Shared, mla::kQueries>(mla::decode_64<true>, 384, 1, *a, stream, CUtensorMap{});
 }
 
 extern "C" int mla_decode_fp8_16(const mla::Arguments* a, cudaStream_t stream) {
-    return launch<mla::SharedFew, mla::kFew>(mla::decode_fp8_16, 256, 1, *a, stream);
-}
-
-extern "C" int mla_decode_fp8_16b(const mla::Arguments* a, cudaStream_t stream) {
-    return launch<mla::SharedFewB, mla::kFew>(mla::decode_fp8_16b, 256, 1, *a, stream);
+    return launch<mla::SharedFew, mla::kFew>(mla::decode_16, 256, 1, *a, stream);
 }
 
 // Merges what a launch above it on the same stream has written as `a->out` and `a->lse`.
@@ -126,14 +141,10 @@ extern "C" int mla_merge(const mla::Arguments* a, void* out, int out_float, cuda
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(a->tokens * a->heads, a->rows);
-    config.blockDim = dim3(mla::kRank / 4);
+    config.blockDim = dim3(mla::kColumns * (a->splits < mla::kGroups ? a->splits : mla::kGroups));
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, mla::merge, static_cast<const float*>(a->out), static_cast<const float*>(a->lse),
                               out, a->tokens * a->heads, a->splits, out_float);
 }
-
-#ifdef MLA_TRACE
-extern "C" int mla_trace(unsigned long long* to) { return cudaMemcpyFromSymbol(to, mla::trace, sizeof(mla::trace)); }
-#endif

@@ -15,6 +15,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The thread's number in its group, read anew: registers are too few to keep it.
+__device__ __forceinline__ int thread_of_group() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread % 128;
+}
+
 // Barriers in shared memory, by their address. A phase ends when `count` threads have arrived and all bytes are there.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
@@ -71,31 +78,13 @@ template <int N> __device__ __forceinline__ void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// A box of the tensor map at (column, row), swizzled as the map says; its bytes are counted by the barrier. For BOTH
-// blocks of a cluster of two it comes to the same place in each, and each one's barrier counts it.
-template <bool BOTH>
+// A box of the tensor map at (column, row), swizzled as the map says; its bytes are counted by the barrier.
 __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
     constexpr uint64_t once = 0x12F0000000000000;  // the L2 may drop it first
-    if constexpr (BOTH) {
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-            ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-            "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t(3)), "l"(once)
-            : "memory");
-    } else {
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-            " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-            "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(once)
-            : "memory");
-    }
-}
-// `bytes` of shared memory to the same place in CTA `rank` of the cluster, counted by the barrier at that place there.
-__device__ __forceinline__ void send_bytes(uint32_t from, int bytes, uint32_t barrier, int rank) {
     asm volatile(
-        "{\n.reg .b32 there, counter;\nmapa.shared::cluster.u32 there, %0, %3;\nmapa.shared::cluster.u32 counter, %2, %3;\n"
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%0], %1, [counter];\n}" ::"r"(from),
-        "r"(bytes), "r"(barrier), "r"(rank)
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(once)
         : "memory");
 }
 // `bytes` of memory to the L2.
@@ -210,10 +199,14 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // Two codes in the low or the high half of a word, as fp16.
-__device__ __forceinline__ uint32_t from_e4m3(uint32_t codes, int half) {
+__device__ __forceinline__ uint32_t low_e4m3(uint32_t codes) {
     uint32_t pair;
-    const uint16_t two = uint16_t(half ? codes >> 16 : codes);
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}" : "=r"(pair) : "r"(codes));
+    return pair;
+}
+__device__ __forceinline__ uint32_t high_e4m3(uint32_t codes) {
+    uint32_t pair;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;\n}" : "=r"(pair) : "r"(codes));
     return pair;
 }
 
