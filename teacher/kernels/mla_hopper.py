@@ -57,7 +57,7 @@ def preferred(fp8: bool, queries: int) -> bool:
 
 
 def queries_of_program(fp8: bool, queries: int) -> int:
-    """16 where the bytes of an FP8 cache bind; 128 is a pair of CTAs, which takes two SMs and wants both of them full."""
+    """16 where the bytes of an FP8 cache bind; 128 is a pair of CTAs, which takes two SMs and wants both full."""
     if fp8 and queries <= 16:
         return 16
     return 128 if -(-queries // 64) % 2 == 0 else 64

@@ -17,13 +17,13 @@ struct Arguments {
     void* out;                             // [B, T * H, 512], or [B, splits, T * H, 512] of fp32
     float* lse;                            // [B, splits, T * H], base 2; unused for one split
     int64_t latent_b, latent_t, latent_h, rope_b, rope_t, rope_h, table_b;  // strides in values
-    int64_t cache_rows;                    // tokens in the cache
-    float scale;                           // of scores, times log2(e)
+    int64_t cache_rows;                                                     // tokens in the cache
+    float scale;                                                            // of scores, times log2(e)
     int rows, tokens, heads, splits;
-    int page_tiles;    // tiles of 64 keys a page
-    int wide;          // bits: 1 table, 2 position, 4 first are int64
-    int aligned;       // queries' rows lie at 16 bytes
-    int out_float;     // fp32 in place of bf16
+    int page_tiles;  // tiles of 64 keys a page
+    int wide;        // bits: 1 table, 2 position, 4 first are int64
+    int aligned;     // queries' rows lie at 16 bytes
+    int out_float;   // fp32 in place of bf16
 };
 
 __device__ __forceinline__ int64_t index_at(const void* indices, int64_t i, bool wide) {
@@ -35,11 +35,13 @@ __device__ __forceinline__ const __nv_bfloat16* query_at(const Arguments& a, int
     if (query >= a.tokens * a.heads) return nullptr;
     const int64_t token = query / a.heads, head = query % a.heads;
     return rope ? static_cast<const __nv_bfloat16*>(a.rope) + row * a.rope_b + token * a.rope_t + head * a.rope_h
-                : static_cast<const __nv_bfloat16*>(a.latent) + row * a.latent_b + token * a.latent_t + head * a.latent_h;
+                : static_cast<const __nv_bfloat16*>(a.latent) + row * a.latent_b + token * a.latent_t +
+                      head * a.latent_h;
 }
 
 // Eight values of a query in bf16, times `factor`, in fp16 or bf16.
-template <bool F16> __device__ __forceinline__ uint4 scaled_chunk(uint4 chunk, float factor) {
+template <bool F16>
+__device__ __forceinline__ uint4 scaled_chunk(uint4 chunk, float factor) {
     uint32_t* words = reinterpret_cast<uint32_t*>(&chunk);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -79,7 +81,9 @@ __device__ __forceinline__ float largest(const uint4& chunk) {
     return most;
 }
 // The power of two at or below, not too small for its inverse.
-__device__ __forceinline__ float power_of_two(float x) { return __uint_as_float(__float_as_uint(fmaxf(x, 1e-30f)) & 0x7F800000); }
+__device__ __forceinline__ float power_of_two(float x) {
+    return __uint_as_float(__float_as_uint(fmaxf(x, 1e-30f)) & 0x7F800000);
+}
 
 // The keys of one program: positions [begin, end) are seen by some query of it, of which its split has tiles
 // [low, high). Up to `alike` every query of the program sees every key from `begin` on.

@@ -1,5 +1,5 @@
-// MLA decode for Hopper: what mla_kernels.decode computes, for latents of 512 and rotary keys of 64 values. The launches;
-// each returns a cudaError_t.
+// MLA decode for Hopper: what mla_kernels.decode computes, for latents of 512 and rotary keys of 64 values. The
+// launches; each returns a cudaError_t.
 
 #include "mla_decode_16.cuh"
 #include "mla_decode_128.cuh"
@@ -9,8 +9,8 @@ namespace mla {
 
 constexpr int kMostSplits = 128, kColumns = kRank / 4, kGroups = 4;
 
-// A CTA a query, a thread four columns of some splits: the splits' parts weighted by their shares of the softmax's sum. A split whose
-// share is none has written no part.
+// A CTA a query, a thread four columns of some splits: the splits' parts weighted by their shares of the softmax's sum.
+// A split whose share is none has written no part.
 __global__ void __launch_bounds__(kColumns* kGroups)
     merge(const float* parts, const float* lse, void* out, int queries, int splits, int out_float) {
     const int m = blockIdx.x, lane = threadIdx.x % 32;
@@ -101,10 +101,9 @@ static cudaError_t boxes(CUtensorMap* map, const mla::Arguments& a, cuuint32_t c
     }
     const cuuint64_t sizes[2] = {mla::kRank + mla::kRope, cuuint64_t(a.cache_rows)}, pitch[1] = {sizes[0] * 2};
     const cuuint32_t box[2] = {columns, mla::kPage}, steps[2] = {1, 1};
-    const CUresult result =
-        encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(a.cache), sizes, pitch, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(a.cache), sizes, pitch,
+                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -122,8 +121,8 @@ extern "C" int mla_decode_bf16_128(const mla::Arguments* a, cudaStream_t stream)
 }
 
 extern "C" int mla_decode_fp8_128(const mla::Arguments* a, cudaStream_t stream) {
-    return launch<mla::SharedPair, 2 * mla::kQueries>(
-        mla::decode_128<true>, 384, 2, *a, stream, CUtensorMap{}, CUtensorMap{});
+    return launch<mla::SharedPair, 2 * mla::kQueries>(mla::decode_128<true>, 384, 2, *a, stream, CUtensorMap{},
+                                                      CUtensorMap{});
 }
 
 extern "C" int mla_decode_fp8_64(const mla::Arguments* a, cudaStream_t stream) {

@@ -1,11 +1,12 @@
 // MLA decode for Hopper, 128 queries of one sequence and one split of its keys a pair of CTAs (a cluster).
 //
-// What bounds decode_64 is that its two buffers of 72 KB wait for the L2 while the tensor cores wait for them. Here each
-// CTA of the pair has half of the columns: 256 of the latent and 32 of the rotary ones, of queries and of keys, so that a
-// tile of 64 keys takes 36 KB and three are under way. Each warp group has 64 queries: it computes its columns' part of
-// their scores, exchanges it with the same group of the other CTA through distributed shared memory, and multiplies the
-// weights, which both compute alike, with its own columns as values: 64 x 256 of the output. In bf16 the scores of the next
-// tile are under way while weights are computed; in FP8, whose rows a third group converts, registers do not suffice.
+// What bounds decode_64 is that its two buffers of 72 KB wait for the L2 while the tensor cores wait for them. Here
+// each CTA of the pair has half of the columns: 256 of the latent and 32 of the rotary ones, of queries and of keys, so
+// that a tile of 64 keys takes 36 KB and three are under way. Each warp group has 64 queries: it computes its columns'
+// part of their scores, exchanges it with the same group of the other CTA through distributed shared memory, and
+// multiplies the weights, which both compute alike, with its own columns as values: 64 x 256 of the output. In bf16 the
+// scores of the next tile are under way while weights are computed; in FP8, whose rows a third group converts,
+// registers do not suffice.
 #pragma once
 
 #include "mla_softmax.cuh"
@@ -18,20 +19,22 @@ struct SharedPair {
     uint8_t query[2][4][kTileBytes];
     uint8_t key[kBuffers][4][kTileBytes];
     uint8_t query_rope[2][kRopeBytes], key_rope[kBuffers][kRopeBytes];
-    float4 score[2][8][128];  // of a group, from the other CTA, as its threads have them
+    float4 score[2][8][128];                             // of a group, from the other CTA, as its threads have them
     alignas(16) float token[kBuffers][kPage / 8][2][8];  // FP8: of keys, see Tokens
     float unit[2 * kQueries];                            // FP8: of queries
     uint64_t full[kBuffers], empty[kBuffers], received[2], taken[2];
 };
 
 // Tiles of 64 bytes a row: the chunks of every other row are exchanged.
-__device__ __forceinline__ uint32_t swizzled_narrow(int row, int chunk) { return row * 64 + ((chunk ^ (row / 2 & 3)) << 4); }
+__device__ __forceinline__ uint32_t swizzled_narrow(int row, int chunk) {
+    return row * 64 + ((chunk ^ (row / 2 & 3)) << 4);
+}
 __device__ __forceinline__ uint64_t along_narrow_rows(uint32_t address) {
     return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(512 >> 4) << 32 | uint64_t(2) << 62;
 }
 
-// Eight warps, one a query: of its columns of the latent a lane has one chunk (in FP8 one of the other CTA's too, for the
-// largest), of the rotary ones four lanes.
+// Eight warps, one a query: of its columns of the latent a lane has one chunk (in FP8 one of the other CTA's too, for
+// the largest), of the rotary ones four lanes.
 template <bool FP8>
 __device__ void load_query_columns(const Arguments& a, SharedPair& shared, int row, int first_query, int rank) {
     const int lane = threadIdx.x % 32;
@@ -56,9 +59,8 @@ __device__ void load_query_columns(const Arguments& a, SharedPair& shared, int r
 }
 
 // One thread: its CTA's columns of the tiles of a split, into the buffers in turn.
-__device__ void load_key_columns(
-    const Arguments& a, SharedPair& shared, const CUtensorMap* map, const CUtensorMap* rope, const Span& span, int row,
-    int rank) {
+__device__ void load_key_columns(const Arguments& a, SharedPair& shared, const CUtensorMap* map,
+                                 const CUtensorMap* rope, const Span& span, int row, int rank) {
     int buffer = 0, used = 1;
 #pragma unroll 1
     for (int tile = span.low; tile < span.high; tile++) {
@@ -67,8 +69,7 @@ __device__ void load_key_columns(
         barrier_wait(shared_address(&shared.empty[buffer]), used);
         barrier_expect(full, 4 * kTileBytes + kRopeBytes);
 #pragma unroll 1
-        for (int j = 0; j < 4; j++)
-            load_box(shared_address(shared.key[buffer][j]), map, 256 * rank + 64 * j, at, full);
+        for (int j = 0; j < 4; j++) load_box(shared_address(shared.key[buffer][j]), map, 256 * rank + 64 * j, at, full);
         load_box(shared_address(shared.key_rope[buffer]), rope, kRank + 32 * rank, at, full);
         if (++buffer == kBuffers) buffer = 0, used ^= 1;
     }
@@ -102,9 +103,10 @@ __device__ void convert_key_columns(const Arguments& a, SharedPair& shared, cons
             const __half2 two = rank ? ratio[1] : ratio[0];
 #pragma unroll
             for (int u = 0; u < 4; u++)
-                store_codes(
-                    shared.key[buffer][u], key, 2 * q, codes[u][r], u < 2 ? __low2half2(two) : __high2half2(two));
-            *reinterpret_cast<uint4*>(shared.key_rope[buffer] + swizzled_narrow(key, q)) = scaled_rope(rope[r], inverse);
+                store_codes(shared.key[buffer][u], key, 2 * q, codes[u][r],
+                            u < 2 ? __low2half2(two) : __high2half2(two));
+            *reinterpret_cast<uint4*>(shared.key_rope[buffer] + swizzled_narrow(key, q)) =
+                scaled_rope(rope[r], inverse);
             if (q == 0) store_token(shared.token[buffer], key, inverse);
         }
         if (i + 1 < n) load();
@@ -121,12 +123,14 @@ __device__ __forceinline__ void begin_scores(SharedPair& shared, float (&score)[
     const int buffer = i % kBuffers;
     barrier_wait(shared_address(&shared.full[buffer]), i / kBuffers & 1);
     products_begin();
-    const uint64_t query = along_rows(shared_address(shared.query[me])), key = along_rows(shared_address(shared.key[buffer]));
+    const uint64_t query = along_rows(shared_address(shared.query[me])),
+                   key = along_rows(shared_address(shared.key[buffer]));
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            score_product<FP8>(score, query + j * (kTileBytes >> 4) + 2 * k, key + j * (kTileBytes >> 4) + 2 * k, j + k > 0);
+            score_product<FP8>(score, query + j * (kTileBytes >> 4) + 2 * k, key + j * (kTileBytes >> 4) + 2 * k,
+                               j + k > 0);
     const uint64_t query_rope = along_narrow_rows(shared_address(shared.query_rope[me]));
     const uint64_t key_rope = along_narrow_rows(shared_address(shared.key_rope[buffer]));
 #pragma unroll
@@ -138,14 +142,19 @@ __device__ __forceinline__ void begin_scores(SharedPair& shared, float (&score)[
 __device__ __forceinline__ void send_scores(SharedPair& shared, const float (&score)[32], int me) {
     const int thread = thread_of_group(), other = cluster_rank() ^ 1;
     uint32_t to, received;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(&shared.score[me][0][thread])), "r"(other));
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(received) : "r"(shared_address(&shared.received[me])), "r"(other));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(to)
+                 : "r"(shared_address(&shared.score[me][0][thread])), "r"(other));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(received)
+                 : "r"(shared_address(&shared.received[me])), "r"(other));
 #pragma unroll
     for (int j = 0; j < 8; j++)
-        asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                         to + j * 128 * 16),
-                     "f"(score[4 * j]), "f"(score[4 * j + 1]), "f"(score[4 * j + 2]), "f"(score[4 * j + 3]), "r"(received)
-                     : "memory");
+        asm volatile(
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                to + j * 128 * 16),
+            "f"(score[4 * j]), "f"(score[4 * j + 1]), "f"(score[4 * j + 2]), "f"(score[4 * j + 3]), "r"(received)
+            : "memory");
 }
 
 // What a thread of a group has: its part of the output of two queries.
@@ -155,9 +164,8 @@ struct Attended {
 
 // One tile: its weights from both CTAs' parts of the scores, and its values; while the scores of the NEXT begin.
 template <bool FP8, bool NEXT>
-__device__ __forceinline__ void attend_tile(
-    const Arguments& a, SharedPair& shared, const Span& span, Attended& o, float (&score)[32], int row, int first_query,
-    int i, int me) {
+__device__ __forceinline__ void attend_tile(const Arguments& a, SharedPair& shared, const Span& span, Attended& o,
+                                            float (&score)[32], int row, int first_query, int i, int me) {
     const int thread = thread_of_group(), lane = thread % 32, buffer = i % kBuffers, tile = span.low + i;
     const uint32_t received = shared_address(&shared.received[me]);
     float next[32];
@@ -204,8 +212,8 @@ __device__ __forceinline__ void attend_tile(
 }
 
 template <bool FP8>
-__device__ void attend_pair(
-    const Arguments& a, SharedPair& shared, const Span& span, int me, int row, int split, int first_query, int rank) {
+__device__ void attend_pair(const Arguments& a, SharedPair& shared, const Span& span, int me, int row, int split,
+                            int first_query, int rank) {
     const int n = __shfl_sync(0xFFFFFFFF, span.tiles(), 0), queries = a.tokens * a.heads;
     Attended o;
 #pragma unroll

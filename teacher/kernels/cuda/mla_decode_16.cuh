@@ -3,16 +3,15 @@
 // A page of 64 rows of 656 bytes comes as it lies, by one bulk copy; nothing is converted but on its way from shared
 // memory to an operand of mma.sync, whose contracted dimension may be permuted at will: so each thread reads 16 bytes,
 // and no scale is multiplied with a value.
-//   Four warps compute scores and weights, each of 16 keys; a scale is multiplied with its 128 columns' part of a score.
-//   Four warps multiply weights and values, each 128 columns of one scale, which goes into its weights. The codes of two
-//   keys are paired before they are converted.
+//   Four warps compute scores and weights, each of 16 keys; a scale is multiplied with its 128 columns' part of a
+//   score. Four warps multiply weights and values, each 128 columns of one scale, which goes into its weights. The
+//   codes of two keys are paired before they are converted.
 // e4m3 is exact in fp16. Queries are brought into fp16's range by a power of two each, and weights by their reference,
 // which counts the exponent of the token's largest scale in; so none can overflow, whatever the scales are.
 // A row's pitch is 41 x 16 bytes, so that reads down the rows meet no bank twice.
 #pragma once
 
-#include "mla_arguments.cuh"
-#include "mla_hopper.cuh"
+#include "mla_softmax.cuh"
 
 namespace mla {
 
@@ -20,32 +19,17 @@ constexpr int kFew = 16, kStages = 5;  // queries of a program, tiles in shared 
 
 struct SharedFew {
     uint8_t tile[kStages][kPage * kFp8Row];
-    uint4 weight[2][4][32];       // of a tile in turn, of 16 keys: a lane's operand
-    uint2 factor[2][4][4][4];     // of a tile in turn, of 16 keys, by tile of columns and t: scales over the token's
-    uint4 rope[4][32];            // of the queries: a lane's operand
-    float fade[2][kFew];          // what the sums so far are to be multiplied with
+    uint4 weight[2][4][32];    // of a tile in turn, of 16 keys: a lane's operand
+    uint2 factor[2][4][4][4];  // of a tile in turn, of 16 keys, by tile of columns and t: scales over the token's
+    uint4 rope[4][32];         // of the queries: a lane's operand
+    float fade[2][kFew];       // what the sums so far are to be multiplied with
     float top[2][4][kFew], total[4][kFew], reference[kFew], unit[kFew];
     uint64_t full[kStages], empty[kStages], weighed[2], taken[2];
 };
 
-// c (16 x 8) += a (16 x 16) b (16 x 8), of a warp.
-template <bool F16>
-__device__ __forceinline__ void product_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (F16) {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    } else {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-}
-
 // Warps 0 to 3: scores of 16 keys each, and their weights.
-__device__ __forceinline__ void weigh(const Arguments& a, SharedFew& shared, const Span& span, int row, int first_query) {
+__device__ __forceinline__ void weigh_few(const Arguments& a, SharedFew& shared, const Span& span, int row,
+                                          int first_query) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int n = span.tiles(), queries = a.tokens * a.heads;
     // Queries g and g + 8 as the left operand; of each tile of 128 columns a thread has 32, of the rotary part 16.
@@ -65,7 +49,8 @@ __device__ __forceinline__ void weigh(const Arguments& a, SharedFew& shared, con
         for (int c = 0; c < 4; c++)
 #pragma unroll
             for (int k = 0; k < 8; k += 2) {
-                const uint4 chunk = scaled_chunk<true>(load_chunk(latent ? latent + 128 * c + 32 * t + 4 * k : nullptr, a.aligned), inverse);
+                const uint4 chunk = scaled_chunk<true>(
+                    load_chunk(latent ? latent + 128 * c + 32 * t + 4 * k : nullptr, a.aligned), inverse);
                 query[c][k][r] = chunk.x, query[c][k][r + 2] = chunk.y;
                 query[c][k + 1][r] = chunk.z, query[c][k + 1][r + 2] = chunk.w;
             }
@@ -79,7 +64,7 @@ __device__ __forceinline__ void weigh(const Arguments& a, SharedFew& shared, con
         }
     }
     named_sync(1, 128);
-    float total[2] = {0.0f, 0.0f}, reference[2] = {-1e30f, -1e30f};
+    float total[2] = {0.0f, 0.0f}, reference[2] = {kNothing, kNothing};
     for (int i = 0; i < n; i++) {
         uint8_t* tile = shared.tile[i % kStages] + 16 * warp * kFp8Row;
         const int key0 = (span.low + i) * kPage + 16 * warp, turn = i & 1;
@@ -100,8 +85,10 @@ __device__ __forceinline__ void weigh(const Arguments& a, SharedFew& shared, con
 #pragma unroll
             for (int k = 0; k < 2; k++) {
                 const uint4 rope = *reinterpret_cast<const uint4*>(key + kRank + 16 + 16 * (2 * t + k));
-                product_16<false>(part, reinterpret_cast<const uint32_t(&)[4]>(shared.rope[2 * k][lane]), rope.x, rope.y);
-                product_16<false>(other, reinterpret_cast<const uint32_t(&)[4]>(shared.rope[2 * k + 1][lane]), rope.z, rope.w);
+                product_16<false>(part, reinterpret_cast<const uint32_t (&)[4]>(shared.rope[2 * k][lane]), rope.x,
+                                  rope.y);
+                product_16<false>(other, reinterpret_cast<const uint32_t (&)[4]>(shared.rope[2 * k + 1][lane]), rope.z,
+                                  rope.w);
             }
 #pragma unroll
             for (int e = 0; e < 2; e++)
@@ -126,7 +113,12 @@ __device__ __forceinline__ void weigh(const Arguments& a, SharedFew& shared, con
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const float4& s = scale[b][j % 2];
-                    score[b][j] = fmaf((part[j] + other[j]) * unit[j / 2], c == 0 ? s.x : c == 1 ? s.y : c == 2 ? s.z : s.w, score[b][j]);
+                    score[b][j] = fmaf((part[j] + other[j]) * unit[j / 2],
+                                       c == 0   ? s.x
+                                       : c == 1 ? s.y
+                                       : c == 2 ? s.z
+                                                : s.w,
+                                       score[b][j]);
                 }
             }
         // The exponent of each token's largest scale goes into its weights, and the rest of each scale to the values.
@@ -163,8 +155,9 @@ __device__ __forceinline__ void weigh(const Arguments& a, SharedFew& shared, con
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float top = fmaxf(fmaxf(shared.top[turn][0][g + 8 * r], shared.top[turn][1][g + 8 * r]),
-                                    fmaxf(shared.top[turn][2][g + 8 * r], shared.top[turn][3][g + 8 * r])) - 6.0f;
-            const float to = top > reference[r] + 8.0f ? top : reference[r];
+                                    fmaxf(shared.top[turn][2][g + 8 * r], shared.top[turn][3][g + 8 * r])) -
+                              kRoom<true>;
+            const float to = top > reference[r] + kSlack ? top : reference[r];
             const float fade = exp2_fast(reference[r] - to);
             total[r] *= fade, reference[r] = to;
             if (warp == 0 && t == 0) shared.fade[turn][g + 8 * r] = fade;
@@ -215,7 +208,8 @@ __device__ __forceinline__ void weigh(const Arguments& a, SharedFew& shared, con
 
 // Warps 4 to 7: 128 columns of the output each, and the loading of tiles after the first.
 template <class Load>
-__device__ __forceinline__ void sum_values(const Arguments& a, SharedFew& shared, int n, int row, int split, int first_query, Load load) {
+__device__ __forceinline__ void sum_values(const Arguments& a, SharedFew& shared, int n, int row, int split,
+                                           int first_query, Load load) {
     const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float sum[16][4] = {};
     for (int i = 0; i < n; i++) {
@@ -243,7 +237,8 @@ __device__ __forceinline__ void sum_values(const Arguments& a, SharedFew& shared
             uint32_t left[4] = {weight.x, weight.y, weight.z, weight.w};
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(left[j]), reinterpret_cast<const __half2&>(j < 2 ? factor.x : factor.y));
+                const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(left[j]),
+                                               reinterpret_cast<const __half2&>(j < 2 ? factor.x : factor.y));
                 left[j] = reinterpret_cast<const uint32_t&>(scaled);
             }
             const uint8_t* key = shared.tile[i % kStages] + (16 * s + 2 * t) * kFp8Row + 128 * warp + 16 * g;
@@ -293,10 +288,13 @@ __device__ __forceinline__ void sum_values(const Arguments& a, SharedFew& shared
 #pragma unroll
                 for (int k = 0; k < 4; k++) x[k] = sum[j + k][2 * r + e] * inverse;
                 if (a.out_float) {
-                    *reinterpret_cast<float4*>(static_cast<float*>(a.out) + to + 16 * e + j) = make_float4(x[0], x[1], x[2], x[3]);
+                    *reinterpret_cast<float4*>(static_cast<float*>(a.out) + to + 16 * e + j) =
+                        make_float4(x[0], x[1], x[2], x[3]);
                 } else {
-                    const __nv_bfloat162 two[2] = {__floats2bfloat162_rn(x[0], x[1]), __floats2bfloat162_rn(x[2], x[3])};
-                    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(a.out) + to + 16 * e + j) = reinterpret_cast<const uint2&>(two);
+                    const __nv_bfloat162 two[2] = {__floats2bfloat162_rn(x[0], x[1]),
+                                                   __floats2bfloat162_rn(x[2], x[3])};
+                    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(a.out) + to + 16 * e + j) =
+                        reinterpret_cast<const uint2&>(two);
                 }
             }
     }
@@ -312,7 +310,8 @@ __global__ void __launch_bounds__(256, 1) decode_16(const __grid_constant__ Argu
         const uint32_t full = shared_address(&shared.full[i % kStages]);
         barrier_expect(full, kPage * kFp8Row);
         load_bytes(shared_address(shared.tile[i % kStages]),
-                   static_cast<const uint8_t*>(a.cache) + tile_row(a, row, span.low + i) * kFp8Row, kPage * kFp8Row, full);
+                   static_cast<const uint8_t*>(a.cache) + tile_row(a, row, span.low + i) * kFp8Row, kPage * kFp8Row,
+                   full);
     };
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; i++) {
@@ -326,18 +325,16 @@ __global__ void __launch_bounds__(256, 1) decode_16(const __grid_constant__ Argu
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         for (int i = 0; i < min(n, kStages); i++) load(i);
     }
-    // A power of two for each query.
     const int lane = threadIdx.x % 32;
     for (int m = threadIdx.x / 32; m < kFew; m += 8) {
         const __nv_bfloat16* from = query_at(a, row, first_query + m, false);
-        float largest = 1e-30f;
-        for (int c = lane; from && c < kRank; c += 32) largest = fmaxf(largest, fabsf(__bfloat162float(from[c])));
-        for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, step));
-        if (lane == 0) shared.unit[m] = __uint_as_float(__float_as_uint(largest) & 0x7F800000);
+        const float most = fmaxf(largest(load_chunk(from ? from + 8 * lane : nullptr, a.aligned)),
+                                 largest(load_chunk(from ? from + 8 * lane + 256 : nullptr, a.aligned)));
+        if (lane == 0) shared.unit[m] = power_of_two(most);
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        weigh(a, shared, span, row, first_query);
+        weigh_few(a, shared, span, row, first_query);
     } else {
         sum_values(a, shared, n, row, split, first_query, load);
     }

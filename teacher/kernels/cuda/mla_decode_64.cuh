@@ -2,12 +2,12 @@
 //
 // FlashMLA's way (https://github.com/deepseek-ai/FlashMLA, "A deep dive into the new kernel"): the output of 64 queries
 // is 64 x 512 in fp32, half of an SM's registers, so two warp groups share one program. Each keeps 256 of its columns.
-// They take the tiles of 64 keys in turn: the owner of a tile multiplies it with the queries, computes the weights, hands
-// them over in shared memory, and both multiply them with their own half of the tile as values. While one group computes
-// weights the other one's products run. A third group loads: bf16 by TMA, FP8 through its registers, as fp16.
+// They take the tiles of 64 keys in turn: the owner of a tile multiplies it with the queries, computes the weights,
+// hands them over in shared memory, and both multiply them with their own half of the tile as values. While one group
+// computes weights the other one's products run. A third group loads: bf16 by TMA, FP8 through its registers, as fp16.
 //
-// Shared memory, 216 KB: queries 64 x 576 and two tiles of 64 x 576. A tile's weights take the place of its rotary keys,
-// which only the scores need.
+// Shared memory, 216 KB: queries 64 x 576 and two tiles of 64 x 576. A tile's weights take the place of its rotary
+// keys, which only the scores need.
 #pragma once
 
 #include "mla_softmax.cuh"
@@ -20,16 +20,18 @@ struct Shared {
     uint8_t query[kTiles][kTileBytes];
     uint8_t key[2][kTiles][kTileBytes];
     float reference[2][kQueries], sum[2][kQueries];
-    float unit[kQueries];                                        // FP8: of queries
-    alignas(16) float token[2][kPage / 8][2][8];                 // of keys: see Tokens
-    uint64_t full[2][kTiles], empty[2][2];  // of a buffer: its tiles; its owner's half, and the other half with the rope
+    float unit[kQueries];                         // FP8: of queries
+    alignas(16) float token[2][kPage / 8][2][8];  // of keys: see Tokens
+    uint64_t full[2][kTiles],
+        empty[2][2];  // of a buffer: its tiles; its owner's half, and the other half with the rope
 };
 
 // The order in which a buffer's tiles are loaded and multiplied: the owner's half is free first.
 __device__ __forceinline__ int tile_at(int owner, int i) { return i == 8 ? 8 : (i + 4 * owner) % 8; }
 
 // Eight warps, one a query, a lane chunks `lane` and `lane + 32` of its latent; the first eight lanes its rotary part.
-template <bool FP8> __device__ void load_queries(const Arguments& a, Shared& shared, int row, int first_query) {
+template <bool FP8>
+__device__ void load_queries(const Arguments& a, Shared& shared, int row, int first_query) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 4
     for (int m = threadIdx.x / 32; m < kQueries; m += 8) {
@@ -70,8 +72,8 @@ __device__ void load_keys(const Arguments& a, Shared& shared, const CUtensorMap*
     }
 }
 
-// A warp group: FP8 rows on their way to the buffers, of each tile of 64 columns 16 a lane, half of the columns ahead in
-// registers.
+// A warp group: FP8 rows on their way to the buffers, of each tile of 64 columns 16 a lane, half of the columns ahead
+// in registers.
 __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& span, int row) {
     const int q = threadIdx.x % 4, n = __shfl_sync(0xFFFFFFFF, span.tiles(), 0);
     if (n == 0) return;
@@ -142,7 +144,8 @@ __device__ void convert_keys(const Arguments& a, Shared& shared, const Span& spa
 
 // Group `me`: its tiles' weights, and its half of the columns of the output.
 template <bool FP8>
-__device__ void attend(const Arguments& a, Shared& shared, const Span& span, int me, int row, int split, int first_query) {
+__device__ void attend(const Arguments& a, Shared& shared, const Span& span, int me, int row, int split,
+                       int first_query) {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, t = lane % 4;
     const int m[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
     const int n = __shfl_sync(0xFFFFFFFF, span.tiles(), 0), queries = a.tokens * a.heads;
@@ -192,8 +195,8 @@ __device__ void attend(const Arguments& a, Shared& shared, const Span& span, int
         float to[2] = {reference[0], reference[1]}, more[2] = {0.0f, 0.0f};
         if (mine) {
             const bool ragged = __shfl_sync(0xFFFFFFFF, int(span.ragged(span.low + i)), 0);
-            weigh<FP8>(
-                a, span, span.low + i, ragged, shared.token[me], scale, row, first_query + m[0], score, to, more, weight);
+            weigh<FP8>(a, span, span.low + i, ragged, shared.token[me], scale, row, first_query + m[0], score, to, more,
+                       weight);
             if (t == 0) shared.reference[me][m[0]] = to[0], shared.reference[me][m[1]] = to[1];
 #pragma unroll
             for (int k = 0; k < 4; k++) store_matrices(weights_at ^ (32 * k), weight + 4 * k);

@@ -39,11 +39,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@done bra over;\n"
         "bra again;\n"
-        "over:\n}\n" ::"r"(barrier), "r"(parity) : "memory");
+        "over:\n}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
 }
 
-// At the barrier that lies there in CTA `rank` of the cluster. It says that something has been read, so no write has to be
-// made visible before it.
+// At the barrier that lies there in CTA `rank` of the cluster. It says that something has been read, so no write has to
+// be made visible before it.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
@@ -71,10 +73,12 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
 // Plain stores to shared memory before it, seen by products and TMA after it.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-template <int N> __device__ __forceinline__ void registers_grow() {
+template <int N>
+__device__ __forceinline__ void registers_grow() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
-template <int N> __device__ __forceinline__ void registers_shrink() {
+template <int N>
+__device__ __forceinline__ void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
@@ -107,8 +111,8 @@ __device__ __forceinline__ void wait_for_launch_before() { asm volatile("griddep
 constexpr int kTileBytes = 64 * 128;
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Four matrices of 8 x 8 values as products leave them, each row to the address that a lane names: lane 8 i + r row r of
-// matrix i.
+// Four matrices of 8 x 8 values as products leave them, each row to the address that a lane names: lane 8 i + r row r
+// of matrix i.
 __device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t* values) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(values[0]),
                  "r"(values[1]), "r"(values[2]), "r"(values[3])
@@ -130,7 +134,8 @@ __device__ __forceinline__ uint64_t down_rows(uint32_t address) {
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Nobody touches `values` before the products that write them are done, all but the latest PENDING groups.
-template <int PENDING, int N> __device__ __forceinline__ void products_wait(float (&values)[N]) {
+template <int PENDING, int N>
+__device__ __forceinline__ void products_wait(float (&values)[N]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(values[i])::"memory");
@@ -140,21 +145,21 @@ template <int PENDING, int N> __device__ __forceinline__ void products_wait(floa
 #define MLA_16(d, i) MLA_4(d, i), MLA_4(d, i + 4), MLA_4(d, i + 8), MLA_4(d, i + 12)
 #define MLA_32(d, i) MLA_16(d, i), MLA_16(d, i + 16)
 #define MLA_128(d) MLA_32(d, 0), MLA_32(d, 32), MLA_32(d, 64), MLA_32(d, 96)
-#define MLA_NAMES_32                                                                                                 \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
+#define MLA_NAMES_32                                                                                              \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
     "%29,%30,%31}"
-#define MLA_NAMES_128                                                                                                \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
-    "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"  \
-    "%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,"  \
-    "%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,"  \
+#define MLA_NAMES_128                                                                                              \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"  \
+    "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
+    "%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82," \
+    "%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107," \
     "%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}"
 
 // score (64 x 64) += a (64 x 16) b (64 x 16)', or = where not `add`.
-#define MLA_SCORE(TYPE)                                                                                              \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE    \
-                 "." TYPE " " MLA_NAMES_32 ", %32, %33, add, 1, 1, 0, 0;\n}\n"                                       \
-                 : MLA_32(score, 0)                                                                                  \
+#define MLA_SCORE(TYPE)                                                                                           \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE \
+                 "." TYPE " " MLA_NAMES_32 ", %32, %33, add, 1, 1, 0, 0;\n}\n"                                    \
+                 : MLA_32(score, 0)                                                                               \
                  : "l"(a), "l"(b), "r"(int(add)))
 template <bool F16>
 __device__ __forceinline__ void score_product(float (&score)[32], uint64_t a, uint64_t b, bool add) {
@@ -166,17 +171,18 @@ __device__ __forceinline__ void score_product(float (&score)[32], uint64_t a, ui
 }
 
 // sum (64 x 256) += weight (64 x 16) value (16 x 256); weights from shared memory or registers.
-#define MLA_VALUE_SHARED(TYPE)                                                                                       \
+#define MLA_VALUE_SHARED(TYPE)                                                                                   \
     asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE \
-                 "." TYPE " " MLA_NAMES_128 ", %128, %129, add, 1, 1, 0, 1;\n}\n"                                                                  \
-                 : MLA_128(sum)                                                                                      \
+                 "." TYPE " " MLA_NAMES_128 ", %128, %129, add, 1, 1, 0, 1;\n}\n"                                \
+                 : MLA_128(sum)                                                                                  \
                  : "l"(weight), "l"(value))
-#define MLA_VALUE_REGISTERS(TYPE)                                                                                    \
+#define MLA_VALUE_REGISTERS(TYPE)                                                                                \
     asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE \
-                 "." TYPE " " MLA_NAMES_128 ", {%128, %129, %130, %131}, %132, add, 1, 1, 1;\n}\n"                                                 \
-                 : MLA_128(sum)                                                                                      \
+                 "." TYPE " " MLA_NAMES_128 ", {%128, %129, %130, %131}, %132, add, 1, 1, 1;\n}\n"               \
+                 : MLA_128(sum)                                                                                  \
                  : "r"(weight[0]), "r"(weight[1]), "r"(weight[2]), "r"(weight[3]), "l"(value))
-template <bool F16> __device__ __forceinline__ void value_product(float (&sum)[128], uint64_t weight, uint64_t value) {
+template <bool F16>
+__device__ __forceinline__ void value_product(float (&sum)[128], uint64_t weight, uint64_t value) {
     if constexpr (F16) {
         MLA_VALUE_SHARED("f16");
     } else {
@@ -189,6 +195,22 @@ __device__ __forceinline__ void value_product(float (&sum)[128], const uint32_t*
         MLA_VALUE_REGISTERS("f16");
     } else {
         MLA_VALUE_REGISTERS("bf16");
+    }
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8), of a warp.
+template <bool F16>
+__device__ __forceinline__ void product_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (F16) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 }
 
@@ -206,7 +228,9 @@ __device__ __forceinline__ uint32_t low_e4m3(uint32_t codes) {
 }
 __device__ __forceinline__ uint32_t high_e4m3(uint32_t codes) {
     uint32_t pair;
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;\n}" : "=r"(pair) : "r"(codes));
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;\n}"
+        : "=r"(pair)
+        : "r"(codes));
     return pair;
 }
 

@@ -1,7 +1,7 @@
 // Rows of an FP8 cache on their way to products: values in fp16 and a power of two for each token.
 //
-// A token is 2^e, the exponent of its largest scale, times values that fp16 holds to 2^-12 and rotary ones in bf16. e4m3 is
-// exact in fp16, so a value takes one conversion and one product.
+// A token is 2^e, the exponent of its largest scale, times values that fp16 holds to 2^-12 and rotary ones in bf16.
+// e4m3 is exact in fp16, so a value takes one conversion and one product.
 #pragma once
 
 #include "mla_arguments.cuh"
@@ -17,7 +17,8 @@ struct Rows {
     const uint8_t* from = nullptr;
     bool there[2] = {};  // whether somebody sees the row; the others may hold anything
 
-    __device__ __forceinline__ Rows(const Arguments& a, const Span& span, int row, int n) : a(a), span(span), row(row), n(n) {
+    __device__ __forceinline__ Rows(const Arguments& a, const Span& span, int row, int n)
+        : a(a), span(span), row(row), n(n) {
         key0 = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
         next = int(tile_row(a, row, span.low));
     }

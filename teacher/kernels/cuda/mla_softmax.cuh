@@ -1,5 +1,5 @@
-// The softmax between the two products, of a warp group with 64 queries: lane (g, t) of warp w has queries 16 w + g and 8
-// more of each product's rows, and columns 8 j + 2 t and the next.
+// The softmax between the two products, of a warp group with 64 queries: lane (g, t) of warp w has queries 16 w + g and
+// 8 more of each product's rows, and columns 8 j + 2 t and the next.
 //
 // The reference that weights are relative to moves only when a maximum exceeds it by 2^kSlack, so that the sums are
 // hardly ever scaled; weights are then at most 2^kSlack, which bf16 and fp32 hold as well as 1.
@@ -13,14 +13,15 @@ namespace mla {
 
 constexpr int kQueries = 64;
 constexpr float kNothing = -1e30f, kSlack = 8.0f;  // weights are up to 2^(kRoom + kSlack), which fp16 holds
-template <bool FP8> constexpr float kRoom = FP8 ? 6.0f : 0.0f;
+template <bool FP8>
+constexpr float kRoom = FP8 ? 6.0f : 0.0f;
 
 // A thread's scores of a tile to its weights, relative to `to`, which moves where a maximum asks for it; their sum to
 // `more`. `first` is the first of its two queries, 8 apart.
 template <bool FP8>
-__device__ __forceinline__ void weigh(
-    const Arguments& a, const Span& span, int tile, bool ragged, const Tokens& tokens, const float (&scale)[2], int row,
-    int first, float (&score)[32], float (&to)[2], float (&more)[2], uint32_t (&weight)[16]) {
+__device__ __forceinline__ void weigh(const Arguments& a, const Span& span, int tile, bool ragged, const Tokens& tokens,
+                                      const float (&scale)[2], int row, int first, float (&score)[32], float (&to)[2],
+                                      float (&more)[2], uint32_t (&weight)[16]) {
     const int t = threadIdx.x % 4;
     if constexpr (FP8) {
 #pragma unroll
@@ -91,7 +92,8 @@ __device__ __forceinline__ void clear_unseen(const Span& span, int tile, uint8_t
 }
 
 // The sum and its rows' total brought from one reference to another.
-__device__ __forceinline__ void refer(float (&sum)[128], float (&total)[2], float (&reference)[2], float to0, float to1) {
+__device__ __forceinline__ void refer(float (&sum)[128], float (&total)[2], float (&reference)[2], float to0,
+                                      float to1) {
     if (__any_sync(0xFFFFFFFF, to0 != reference[0] || to1 != reference[1])) {
         const float fade[2] = {exp2_fast(reference[0] - to0), exp2_fast(reference[1] - to1)};
 #pragma unroll
