@@ -114,6 +114,22 @@ class _Combine(torch.autograd.Function):
         return grad_RH, torch.bmm(out_NKH, grad_NH.unsqueeze(2)).squeeze(2), None, None
 
 
+class _WithoutRows(torch.autograd.Function):
+    """Weights as they are; the gradient of an expert without rows is zeros, which a GPU's grouped product over rows
+    does not promise: it may leave what was in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        return weight_EOK.view_as(weight_EOK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_EOK: Tensor) -> tuple[Tensor, None]:
+        (ends_E,) = ctx.saved_tensors
+        empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        return grad_EOK.masked_fill(empty_E.view(-1, 1, 1), 0), None
+
+
 def arrange(x_NH: Tensor, layout: Layout, blank: bool = False) -> Tensor:
     """The layout's rows (R, H) of tokens; with `blank` filling rows are zeros instead of copies of token 0."""
     used_R = None
@@ -153,6 +169,9 @@ def grouped_experts(
     multiple = 64 if device == "cpu" and x_NH.dtype == torch.bfloat16 else 1
     layout = expert_layout(indices_NK, gate_up_E2IH.shape[0], multiple)
     rows_RH = arrange(x_NH, layout)
+    if shapes.fixed(x_NH) and torch.is_grad_enabled():
+        gate_up_E2IH = _WithoutRows.apply(gate_up_E2IH, layout.ends_E)
+        down_EHI = _WithoutRows.apply(down_EHI, layout.ends_E)
     gate_RI, up_RI = F.grouped_mm(rows_RH, gate_up_E2IH.transpose(1, 2), offs=layout.ends_E).chunk(2, dim=-1)
     out_RH = F.grouped_mm(F.silu(gate_RI) * up_RI, down_EHI.transpose(1, 2), offs=layout.ends_E)
     return combine(out_RH, weights_NK, layout)
