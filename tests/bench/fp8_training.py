@@ -127,7 +127,9 @@ def held_out_loss(model: Any, example: Any, seq_len: int) -> float:
 def run(args: argparse.Namespace) -> None:
     """All runs, then the comparison of the steps that all reached."""
     kinds = ["bf16", "fp8"] + (["again"] if args.again else [])
-    wanted = [(kind, seed) for kind in kinds for seed in range(args.seeds)]
+    wanted = [(kind, seed) for seed in range(args.seeds) for kind in kinds]
+    if args.jobs > 1:  # those that compile nothing are on their way first
+        wanted.sort(key=lambda run: kinds.index(run[0]))
     deadline = time.monotonic() + args.minutes * 60
     args.out.mkdir(parents=True, exist_ok=True)
     together = [wanted] if args.device == "cuda" else [[one] for one in wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sysconfig
 from pathlib import Path
@@ -77,19 +78,25 @@ class Stored:
         return {"input_ids": ids, "loss_start": int(self.starts[at])}
 
 
+@functools.cache
+def library_text(limit: int) -> np.ndarray:
+    """The first `limit` bytes, or a file more."""
+    parts, size = [], 0
+    for root in dict.fromkeys(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")):
+        for path in sorted(Path(root).rglob("*.py")):
+            if size < limit:
+                parts.append(path.read_bytes())
+                size += len(parts[-1])
+    return np.frombuffer(b"".join(parts), np.uint8)
+
+
 class LibraryText:
     """Pieces of 1,024 bytes of Python's standard library and packages, in the order of a seed; none comes twice."""
 
     about = {"model": MID, "training": MID_TRAINING}  # noqa: RUF012 (constants)
 
     def __init__(self, seed: int, limit: int = 160 * 2**20) -> None:
-        parts, size = [], 0
-        for root in dict.fromkeys(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")):
-            for path in sorted(Path(root).rglob("*.py")):
-                if size < limit:
-                    parts.append(path.read_bytes())
-                    size += len(parts[-1])
-        self.text = np.frombuffer(b"".join(parts), np.uint8)
+        self.text = library_text(limit)
         pieces = np.random.default_rng(0).permutation(len(self.text) // 1024)
         self.held, trained = np.split(pieces, [HELD_OUT // 1024])
         self.order = np.random.default_rng(seed).permutation(trained)
