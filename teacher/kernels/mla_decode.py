@@ -16,6 +16,9 @@ ceiling is the BF16 rate, at most 76% of the bandwidth in bf16 and 43% in FP8. O
 output is 64 x 512 in fp32, half of an SM's registers), so at 128 heads two read each token, the second from the L2.
 Parts add 4 (R + 1) bytes written and read a query a split, which matters for a short context of few sequences alone.
 
+Which kernel: Triton's anywhere, at any size; on Hopper, at R = 512 and D = 64, CUDA's where that is faster: see
+mla_hopper.py.
+
 Shapes: B sequences, T new tokens each, H heads, R = kv_lora_rank, D = qk_rope_head_dim, P pages of a sequence, G tokens
 a page, W the cache's row: R + D of bf16, or teacher.kernels.mla_cache's bytes.
 """
@@ -204,7 +207,8 @@ def _check(
     if first_B is not None:
         expected["first"] = first_B, (rows,)
     for name, (indices, shape) in expected.items():
-        if indices.shape != shape or indices.dtype not in (torch.int32, torch.int64) or indices.stride(-1) != 1:
+        dense = indices.stride(-1) == 1 if name == "table" else indices.is_contiguous()
+        if indices.shape != shape or indices.dtype not in (torch.int32, torch.int64) or not dense:
             raise ValueError(
                 f"{name} is {tuple(indices.shape)} of {indices.dtype}; expected {shape} of int32 or int64, dense"
             )

@@ -155,6 +155,13 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="pages of a power of two of tokens, not 48"):
         case.run()
     case = Case([5, 6], 4, rank=32, rope=16)
+    case.position_BT = case.position_BT.repeat(1, 2)[:, :1]
+    with pytest.raises(ValueError, match=r"position is \(2, 1\) of torch.int64; expected .* dense"):
+        case.run()
+    case = Case([5, 6], 4, rank=32, rope=16)
+    with pytest.raises(ValueError, match="splits is 129; expected 1 to 128"):
+        case.run(splits=129)
+    case = Case([5, 6], 4, rank=32, rope=16)
     case.table_BP = case.table_BP[:1]
     with pytest.raises(ValueError, match=r"table is \(1, 1\)"):
         case.run()
