@@ -30,6 +30,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.bench.kernels import about
 from tests.bench.sft_profile import StepProfile
 
 SHAPES = {
@@ -168,14 +170,14 @@ def plain(side: str, model: Any, tokens: int, steps: int) -> tuple[list[float], 
         return total
 
     seconds, losses = [], []
-    for number in range(WARMUP + steps):
+    for number in (0, 1, *range(WARMUP, WARMUP + steps)):
         lengths = lengths_at(tokens, number)
         synchronize()
         began = time.perf_counter()
         losses.append(step(lengths))
         synchronize()
         seconds.append(time.perf_counter() - began)
-    return seconds[WARMUP:], losses[WARMUP:]
+    return seconds[2:], losses[2:]
 
 
 def padded(lengths: list[int], slots: int) -> Iterator[list[int]]:
@@ -253,6 +255,8 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="of one more step of ours: kernels by kind")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="where the checkout has no git")
+    parser.add_argument("--versions", nargs="*", default=[], help="packages whose versions the file should name")
     args = parser.parse_args()
     if args.attention == "flash":
         from students import attention_cudnn
@@ -262,6 +266,9 @@ def main() -> None:
     sheet = next((rate for key, rate in DATASHEET.items() if key in name), None)
     rate = bf16_rate() if args.device == "cuda" else float("nan")
     print(f"{name}, torch {torch.__version__}; bf16 product {rate / 1e12:.0f} TFLOP/s")
+    facts = {"about": about(args.commit)} if args.device == "cuda" else {}
+    facts |= {"command": " ".join(["python -m tests.bench.sft_gpu", *args.runs, "--steps", str(args.steps)])}
+    facts |= {"versions": {name: version(name) for name in ("transformers", *args.versions)}}
     found = []
     for run in args.runs:
         run, _, sides = run.partition(":")
@@ -295,7 +302,7 @@ def main() -> None:
             if profile is not None and hasattr(profile, "wall"):
                 print(profile.table(), flush=True)
             if args.out:
-                args.out.write_text(json.dumps({"gpu": name, "bf16_rate": rate, "rows": found}, indent=1) + "\n")
+                args.out.write_text(json.dumps(facts | {"bf16_rate": rate, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
