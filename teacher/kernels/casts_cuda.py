@@ -22,8 +22,8 @@ from teacher.kernels.cuda.build import call, library
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
-    "casts_rows": ("casts", (_P, _L, _I, _P, _P, _P, _L, _I, _I, _I, _I, _P)),
-    "casts_blocks": ("casts", (_P, _L, _L, _I, _P, _P, _I, _I, _I, _I, _I, _P)),
+    "casts_rows": ("casts", (_P, _L, _I, _P, _P, _P, _L, _I, _I, _I, _P)),
+    "casts_blocks": ("casts", (_P, _L, _L, _I, _P, _P, _I, _I, _I, _I, _P)),
     "casts_transposed": ("casts_transposed", (_P, _L, _L, _I, _P, _P, _P, _P, _L, _I, _I, _I, _I, _I, _I, _P)),
     "casts_again": ("casts_transposed", (_P, _P, _L, _L, _P, _P, _I, _I, _I, _I, _P)),
 }
@@ -50,19 +50,18 @@ def takes(x: Tensor, transposed: bool) -> bool:
 
 
 def rows(
-    x: Tensor, source: Tensor | None, values: Tensor, scales: Tensor, scale_stride: int, power_of_two: bool,
-    variant: int = 0,
+    x: Tensor, source: Tensor | None, values: Tensor, scales: Tensor, scale_stride: int, power_of_two: bool
 ) -> None:  # fmt: skip
     _call(
         x, "casts_rows", x.data_ptr(), x.stride(0), _TYPES[x.dtype], None if source is None else source.data_ptr(),
-        values.data_ptr(), scales.data_ptr(), scale_stride, *values.shape, power_of_two, variant,
+        values.data_ptr(), scales.data_ptr(), scale_stride, *values.shape, power_of_two,
     )  # fmt: skip
 
 
-def blocks(x: Tensor, values: Tensor, scales: Tensor, power_of_two: bool, variant: int = 0) -> None:
+def blocks(x: Tensor, values: Tensor, scales: Tensor, power_of_two: bool) -> None:
     _call(
         x, "casts_blocks", x.data_ptr(), *_strides(x), _TYPES[x.dtype], values.data_ptr(), scales.data_ptr(),
-        *_sizes(x), power_of_two, variant,
+        *_sizes(x), power_of_two,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ namespace {
 
 // Tiles of 1 x 128: a warp takes LOADS rows of 512 bytes, half a warp a tile of 16-bit values. Two warps' rows follow
 // each other, four warps' columns.
-template <typename T, int LOADS, bool GATHER, int HINT>
+template <typename T, int LOADS, bool GATHER>
 __global__ void __launch_bounds__(256) rows_kernel(
     const T* x, int64_t stride, const int* source, uint8_t* values, float* scales, int64_t scale_stride, int R, int C,
     unsigned across, bool power_of_two) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(256) rows_kernel(
     for (int i = 0; i < LOADS; ++i) {
         const bool inside = column < C && row + i < R;
         if (GATHER) from = x + (inside ? source[row + i] : 0) * stride + column;
-        load<HINT>(v[i], from, inside);
+        load(v[i], from, inside);
         from += stride;
     }
 #pragma unroll
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(256) rows_kernel(
 #pragma unroll
     for (int bit = LOADS; bit < LANES; bit *= 2) largest = max(largest, __shfl_xor_sync(ALL, largest, bit));
     const Scale mine = scale_of<T>(largest, power_of_two);
-    if (own < LOADS && row + own < R && column < C) scales[column / 128 * scale_stride + row + own] = mine.scale;
+    if (own < LOADS && row + own < R && column / 128 * 128 < C) scales[column / 128 * scale_stride + row + own] = mine.scale;
     uint8_t* to = values + static_cast<int64_t>(row) * C + column;
 
     auto store = [&](auto lifted) {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256) rows_kernel(
 }
 
 // Blocks of 128 x 128 as they lie: half a warp takes 128 columns of a row (a warp, of fp32).
-template <typename T, int LOADS, int HINT>
+template <typename T, int LOADS>
 __global__ void __launch_bounds__(16384 / Lane<T>::COLS / LOADS) blocks_kernel(
     const T* x, int64_t matrix_stride, int64_t stride, uint8_t* values, float* scales, int R, int C, bool power_of_two) {
     using L = Lane<T>;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(16384 / Lane<T>::COLS / LOADS) blocks_kernel(
     uint32_t v[LOADS][4], largest = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) {
-        load<HINT>(v[i], from, column < C && row + i * STEP < R);
+        load(v[i], from, column < C && row + i * STEP < R);
         from += STEP * stride;
     }
 #pragma unroll
@@ -91,50 +91,30 @@ __global__ void __launch_bounds__(16384 / Lane<T>::COLS / LOADS) blocks_kernel(
 template <typename T>
 cudaError_t rows_launch(
     const void* x, int64_t stride, const int* source, uint8_t* values, float* scales, int64_t scale_stride, int R, int C,
-    bool power_of_two, int variant, cudaStream_t stream) {
+    bool power_of_two, cudaStream_t stream) {
     const unsigned across = (C + 32 * Lane<T>::COLS - 1) / (32 * Lane<T>::COLS);
-    auto run = [&](auto loads, auto gather, auto hint) {
+    auto run = [&](auto loads, auto gather) {
         const unsigned tiles = (R + 2 * loads.value - 1) / (2 * loads.value) * across;
-        rows_kernel<T, loads.value, gather.value, hint.value><<<(tiles + 3) / 4, 256, 0, stream>>>(
+        rows_kernel<T, loads.value, gather.value><<<(tiles + 3) / 4, 256, 0, stream>>>(
             static_cast<const T*>(x), stride, source, values, scales, scale_stride, R, C, across, power_of_two);
     };
-    using zero = std::integral_constant<int, 0>;
-    using eight = std::integral_constant<int, 8>;
-    using four = std::integral_constant<int, 4>;
-    using no = std::false_type;
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        if (source == nullptr && R >= 512) {
-            if (variant == 8) return run(eight{}, no{}, zero{}), cudaGetLastError();
-            if (variant == 18) return run(eight{}, no{}, std::integral_constant<int, 1>{}), cudaGetLastError();
-            if (variant == 28) return run(eight{}, no{}, std::integral_constant<int, 2>{}), cudaGetLastError();
-            if (variant == 14) return run(four{}, no{}, std::integral_constant<int, 1>{}), cudaGetLastError();
-            if (variant == 24) return run(four{}, no{}, std::integral_constant<int, 2>{}), cudaGetLastError();
-        }
-    }
     auto pick = [&](auto loads) {
-        if (source != nullptr) run(loads, std::true_type{}, zero{});
-        else run(loads, no{}, zero{});
+        if (source != nullptr) run(loads, std::true_type{});
+        else run(loads, std::false_type{});
     };
     if (R < 512) pick(std::integral_constant<int, 1>{});
-    else pick(four{});
+    else pick(std::integral_constant<int, 4>{});
     return cudaGetLastError();
 }
 
 template <typename T>
 cudaError_t blocks_launch(
     const void* x, int64_t matrix_stride, int64_t stride, uint8_t* values, float* scales, int E, int R, int C,
-    bool power_of_two, int variant, cudaStream_t stream) {
-    const dim3 tiles((C + 127) / 128, (R + 127) / 128, E);
+    bool power_of_two, cudaStream_t stream) {
     constexpr int LOADS = sizeof(T) == 4 ? 8 : 4;
-    auto run = [&](auto hint) {
-        blocks_kernel<T, LOADS, hint.value><<<tiles, 16384 / Lane<T>::COLS / LOADS, 0, stream>>>(
-            static_cast<const T*>(x), matrix_stride, stride, values, scales, R, C, power_of_two);
-    };
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        if (variant == 1) return run(std::integral_constant<int, 1>{}), cudaGetLastError();
-        if (variant == 2) return run(std::integral_constant<int, 2>{}), cudaGetLastError();
-    }
-    run(std::integral_constant<int, 0>{});
+    const dim3 tiles((C + 127) / 128, (R + 127) / 128, E);
+    blocks_kernel<T, LOADS><<<tiles, 16384 / Lane<T>::COLS / LOADS, 0, stream>>>(
+        static_cast<const T*>(x), matrix_stride, stride, values, scales, R, C, power_of_two);
     return cudaGetLastError();
 }
 
@@ -143,15 +123,15 @@ cudaError_t blocks_launch(
 // `type`: 0 bf16, 1 fp16, 2 fp32. Strides in values.
 extern "C" cudaError_t casts_rows(
     const void* x, int64_t stride, int type, const int* source, uint8_t* values, float* scales, int64_t scale_stride,
-    int R, int C, int power_of_two, int variant, cudaStream_t stream) {
+    int R, int C, int power_of_two, cudaStream_t stream) {
     const auto launch = type == 0 ? rows_launch<__nv_bfloat16> : type == 1 ? rows_launch<__half> : rows_launch<float>;
-    return launch(x, stride, source, values, scales, scale_stride, R, C, power_of_two, variant, stream);
+    return launch(x, stride, source, values, scales, scale_stride, R, C, power_of_two, stream);
 }
 
 extern "C" cudaError_t casts_blocks(
     const void* x, int64_t matrix_stride, int64_t stride, int type, uint8_t* values, float* scales, int E, int R, int C,
-    int power_of_two, int variant, cudaStream_t stream) {
+    int power_of_two, cudaStream_t stream) {
     const auto launch =
         type == 0 ? blocks_launch<__nv_bfloat16> : type == 1 ? blocks_launch<__half> : blocks_launch<float>;
-    return launch(x, matrix_stride, stride, values, scales, E, R, C, power_of_two, variant, stream);
+    return launch(x, matrix_stride, stride, values, scales, E, R, C, power_of_two, stream);
 }

@@ -36,7 +36,7 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize(("dtype", "power_of_two"), [(torch.bfloat16, False), (torch.float32, True)])
-@pytest.mark.parametrize("shape", [*SHAPES, (577, 1088)])
+@pytest.mark.parametrize("shape", [*SHAPES, (577, 1088), (600, 264)])
 def test_activations(shape, dtype, power_of_two, device):
     x = heavy_tailed(shape, device, dtype)
     same(quantize_activations(x, power_of_two=power_of_two), quantize(x, ACTIVATION_BLOCK, power_of_two))
