@@ -30,7 +30,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,13 @@ def measure(
     }  # fmt: skip
 
 
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def bf16_rate() -> float:
     """FLOP/s of an 8192^3 product, the best of five."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -268,7 +275,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}; bf16 product {rate / 1e12:.0f} TFLOP/s")
     facts = {"about": about(args.commit)} if args.device == "cuda" else {}
     facts |= {"command": " ".join(["python -m tests.bench.sft_gpu", *args.runs, "--steps", str(args.steps)])}
-    facts |= {"versions": {name: version(name) for name in ("transformers", *args.versions)}}
+    facts |= {"versions": {name: installed(name) for name in ("transformers", *args.versions)}}
     found = []
     for run in args.runs:
         run, _, sides = run.partition(":")

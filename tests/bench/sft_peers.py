@@ -10,8 +10,10 @@ liger     transformers in the plain loop of sft_gpu, padded, with all of Liger's
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -19,6 +21,19 @@ import torch
 from torch import Tensor
 
 
+@contextlib.contextmanager
+def liger_taken_back() -> Iterator[None]:
+    """Liger puts its kernels into transformers' modules: the sides after these are to find them as they were."""
+    from transformers.models.qwen2 import modeling_qwen2
+
+    kept = dict(vars(modeling_qwen2))
+    try:
+        yield
+    finally:
+        vars(modeling_qwen2).update(kept)
+
+
+@liger_taken_back()
 def trl(side: str, model: Any, tokens: int, steps: int) -> tuple[list[float], list[float]]:
     """Mean seconds of a step after the warm-up, and the losses."""
     from datasets import Dataset
@@ -70,6 +85,7 @@ def _row(step: Any) -> dict[str, list[int]]:
     return {"input_ids": ids.tolist(), "labels": labels.tolist(), "seq_lengths": lengths.tolist()}
 
 
+@liger_taken_back()
 def liger(side: str, model: Any, tokens: int, steps: int) -> tuple[list[float], list[float]]:
     from liger_kernel.transformers import apply_liger_kernel_to_qwen2
 
