@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teacher import fp8_products as emulated
+from teacher import shapes
 from teacher.checkpoint import is_fp8_matrix
 from teacher.experts import Experts, arrange, combine, expert_layout
 from teacher.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK
@@ -107,7 +108,11 @@ def linear(x: Tensor, weight_OK: Tensor) -> Tensor:
     """x (..., K) times weight^T: (..., O) in x's dtype, or autocast's; the weight's gradient is float32."""
     x = _autocast(x)
     with torch.autocast(x.device.type, enabled=False):
-        y_NO: Tensor = _Linear.apply(x.flatten(0, -2), weight_OK)
+        x_NK = x.flatten(0, -2)
+        rows = len(x_NK)
+        if shapes.fixed(x) and rows % 16:  # an MTP module's: what lies transposed has rows of whole 16 bytes with these
+            x_NK = F.pad(x_NK, (0, 0, 0, -rows % 16))
+        y_NO: Tensor = _Linear.apply(x_NK, weight_OK)[:rows]
     return y_NO.unflatten(0, x.shape[:-1])
 
 
@@ -144,24 +149,15 @@ class Fp8Experts(Experts):
         return experts(x_NH, routing, self.gate_up_proj, self.down_proj)
 
 
-def _check_sizes(name: str, module: nn.Module) -> None:
-    for parameter in module.parameters():
-        rows, columns = parameter.shape[-2:] if parameter.dim() > 1 else (16, 16)  # a bias
-        if (rows % 16 or columns % 16) and not emulates(parameter.device):
-            raise ValueError(f"{name} has a matrix of {rows} x {columns}; FP8 products take multiples of 16 on a GPU")
-
-
 @contextmanager
 def fp8_products(model: nn.Module) -> Iterator[None]:
     """Within, the model's projections multiply in FP8: those that an FP8 checkpoint stores so (`is_fp8_matrix`).
 
     Modules change their class and nothing else, so that parameters, their names and an optimizer's hold on them stay.
-    ValueError if the kernels cannot take a size.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in model.named_modules():
         if (type(module) is nn.Linear and is_fp8_matrix(name + ".weight")) or type(module) is Experts:
-            _check_sizes(name, module)
             changed.append((module, type(module)))
     for module, own in changed:
         module.__class__ = Fp8Linear if own is nn.Linear else Fp8Experts

@@ -17,7 +17,7 @@ of Python's own library and packages, as bytes.
 
 On a CPU each run is a process, `--jobs` at a time. On a GPU, where a small model's kernels leave most of the device
 idle, `--jobs` runs share it as streams of one process. What is killed, or stopped after `--minutes`, is compared as
-far as it came.
+far as it came; what stands finished in `--out` is not run again.
 """
 
 from __future__ import annotations
@@ -130,9 +130,10 @@ def run(args: argparse.Namespace) -> None:
     wanted = [(kind, seed) for seed in range(args.seeds) for kind in kinds]
     if args.jobs > 1:  # those that compile nothing are on their way first
         wanted.sort(key=lambda run: kinds.index(run[0]))
+    wanted = [(kind, seed) for kind, seed in wanted if not (args.out / f"{kind}-{seed}" / "end.json").exists()]
     deadline = time.monotonic() + args.minutes * 60
     args.out.mkdir(parents=True, exist_ok=True)
-    together = [wanted] if args.device == "cuda" else [[one] for one in wanted]
+    together = [[one] for one in wanted] if args.device != "cuda" else [wanted] if wanted else []
     running: list[subprocess.Popen[bytes]] = []
     try:
         for runs in together:

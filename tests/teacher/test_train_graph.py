@@ -14,6 +14,7 @@ from teacher.balance import LoadBalance
 from teacher.batches import Cursor, StepBatch, step_batches
 from teacher.experts import expert_layout
 from teacher.fp8_training import experts as fp8_experts
+from teacher.fp8_training import linear
 from teacher.objective import Objective
 from teacher.routing import Routing
 from teacher.train import _Run, train
@@ -76,6 +77,19 @@ def test_fixed_shapes_give_the_part_that_free_ones_give(monkeypatch: pytest.Monk
         torch.testing.assert_close(part.figures[name], figure)
     for ours, theirs in zip(part.gradients, free.gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_rows_that_fill_up_to_16_have_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    leaves, direction = (torch.randn(3, 7, 64), torch.randn(48, 64) / 8), torch.randn(3, 7, 48)
+    results = []
+    for is_fixed in (False, True):
+        monkeypatch.setattr(shapes, "fixed", lambda x, is_fixed=is_fixed: is_fixed)
+        x, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+        y = linear(x, weight)
+        y.backward(direction)
+        results.append((y.detach(), x.grad, weight.grad))
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("tokens", [1, 70, 300])
@@ -155,7 +169,6 @@ def test_recorded_steps_are_the_steps(changes: dict, tmp_path: Path, capsys) -> 
 @on_gpu
 def test_runs_side_by_side_on_streams_of_their_own_do_not_touch_each_other(tmp_path: Path) -> None:
     """Products over many positions into small matrices: cuBLAS splits them, and adds the parts in its workspace."""
-
     models = {name: gpu_model() for name in ("alone", *"abcd")}  # seeded: one after the other
     torch.cuda.synchronize()
 
@@ -168,7 +181,10 @@ def test_runs_side_by_side_on_streams_of_their_own_do_not_touch_each_other(tmp_p
     alone = run("alone")
     with ThreadPoolExecutor(4) as pool:
         for norms in pool.map(run, "abcd"):
-            assert float((norms / alone).log()[:20].abs().max()) < 0.05 and norms.isfinite().all()
+            # Later steps differ by rounding (embedding's sums have no fixed order). With a workspace in common norms
+            # were a hundred times too large within twenty steps.
+            torch.testing.assert_close(norms[:5], alone[:5], rtol=0.01, atol=0)
+            assert norms.isfinite().all() and norms.max() < 2 * alone.max()
 
 
 @on_gpu
