@@ -97,7 +97,7 @@ def mla_decode(
         return out
     fp8 = cache_PGW.dtype == torch.uint8
     queries = tokens * heads
-    by_cuda = _by_cuda(path, config, q_latent_BTHR, q_rope_BTHD, cache_PGW, out)
+    by_cuda = _by_cuda(path, config, q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, out)
     block_m = min(64, max(16, triton.next_power_of_2(queries)))
     if by_cuda:
         block_m = mla_hopper.queries_of_program(fp8, queries)
@@ -107,9 +107,7 @@ def mla_decode(
     blocks = -(-queries // block_m)
     if splits is None:
         tiles = -(-table_BP.shape[1] * page_size // config.block_n)
-        splits = choose_splits(
-            rows * blocks, tiles, _processors(cache_PGW.device) * config.programs // (2 if block_m == 128 else 1)
-        )
+        splits = choose_splits(rows * blocks, tiles, _processors(cache_PGW.device) * config.programs)
     elif not 1 <= splits <= _MOST_SPLITS:
         raise ValueError(f"splits is {splits}; expected 1 to {_MOST_SPLITS}")
     arguments = q_latent_BTHR, q_rope_BTHD, cache_PGW, table_BP, position_BT, scale, first_B
@@ -121,15 +119,17 @@ def mla_decode(
 
 
 def _by_cuda(
-    path: str | None, config: Config | None, q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, out: Tensor
-) -> bool:
+    path: str | None, config: Config | None, q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor,
+    table_BP: Tensor, out: Tensor,
+) -> bool:  # fmt: skip
     """Whether the CUDA kernel is asked for, or can take this and is the faster one."""
     if path not in (None, "triton", "cuda"):
         raise ValueError(f"path is {path!r}; expected 'triton', 'cuda' or None")
     if path == "triton" or config is not None:
         return False
     queries = q_latent_BTHR.shape[1] * q_latent_BTHR.shape[2]
-    if path is None and not mla_hopper.preferred(cache_PGW.dtype == torch.uint8, queries):
+    tiles = -(-table_BP.numel() * cache_PGW.shape[1] // mla_hopper.TILE)
+    if path is None and not mla_hopper.preferred(cache_PGW.dtype == torch.uint8, queries, tiles):
         return False
     missing = mla_hopper.obstacle(q_latent_BTHR, q_rope_BTHD, cache_PGW, out)
     if missing and path == "cuda":

@@ -1,7 +1,9 @@
 """Launching cuda/mla_decode.cu: MLA decode for Hopper where Triton's kernel is slow, and when that is.
 
-Triton holds one program of 64 queries on an SM, whose products wait for its softmax; the CUDA kernel lets two warp
-groups take turns. Up to 32 queries of a sequence bytes bind, and Triton reads them at the bandwidth.
+Triton holds one program of 64 queries on an SM, whose products wait for its softmax; in CUDA two warp groups take turns
+(mla_decode_64.cuh). It converts FP8 by way of shared memory, a byte at a time; in CUDA a code goes from where it lies
+to its operand (mla_decode_16.cuh). Up to 16 queries of a sequence over a bf16 cache are bound by bytes, and Triton
+reads them at the bandwidth.
 
 Shapes: see mla_decode.py.
 """
@@ -20,6 +22,7 @@ from teacher.kernels.arguments import INTERPRETED
 from teacher.kernels.cuda.build import call, library
 
 TILE = 64  # keys
+_FEW_TILES = 264  # two a processor
 _log = logging.getLogger(__name__)
 
 
@@ -51,16 +54,15 @@ def obstacle(q_latent_BTHR: Tensor, q_rope_BTHD: Tensor, cache_PGW: Tensor, out:
     return built if isinstance(built, str) else None
 
 
-def preferred(fp8: bool, queries: int) -> bool:
-    """Whether the CUDA kernel is the faster one for so many queries of a sequence, as measured on an H200."""
-    return fp8 or queries > 32
+def preferred(fp8: bool, queries: int, tiles: int) -> bool:
+    """Whether the CUDA kernels are faster, as measured on an H200, at so many queries of a sequence and `tiles` of 64
+    keys in all sequences together: they gain with each tile, and take up to 10 microseconds longer to start and merge.
+    """
+    return (fp8 or queries > 16) and tiles * -(-queries // 64) > _FEW_TILES
 
 
 def queries_of_program(fp8: bool, queries: int) -> int:
-    """16 where the bytes of an FP8 cache bind; 128 is a pair of CTAs, which takes two SMs and wants both full."""
-    if fp8 and queries <= 16:
-        return 16
-    return 128 if -(-queries // 64) % 2 == 0 else 64
+    return 16 if fp8 and queries <= 16 else 64
 
 
 def launch(
@@ -100,7 +102,9 @@ def launch(
 def _library() -> ctypes.CDLL | str:
     built = library("mla_decode")
     if isinstance(built, str):
-        _log.warning("MLA decode by Triton's kernel alone, slower from 33 queries of a sequence on: %s", built)
+        _log.warning(
+            "MLA decode by Triton's kernel alone, slower in FP8 and from 17 queries of a sequence on: %s", built
+        )
     else:
         _log.info("MLA decode: the CUDA kernel for Hopper where it is faster than Triton's")
     return built

@@ -33,14 +33,14 @@ def checks(bench: Bench) -> Iterator[Check]:
         for heads, tokens in ((16, 1), (16, 2), (16, 5), (128, 1), (128, 2)):
             case = Case(lengths, heads, tokens, fp8=fp8)
             name = f"mla decode {'fp8' if fp8 else 'bf16'} {heads} heads, {tokens} tokens"
-            for path in _paths(heads * tokens, fp8):
+            for path in _paths(fp8, heads * tokens):
                 for splits in (1, 7, None):
                     found = error(case.run(splits=splits, path=path), case.reference())
                     yield Check(f"{name}, {splits or 'own'} splits, {path}", found, 6e-3)
     for heads in (16, 64):
         case = Case([3000, 700], heads, fp8=True)
         floor, truth = error(case.reference(), case.truth()), case.truth()
-        for path in _paths(heads, True):
+        for path in _paths(True, heads):
             name = f"mla decode fp8 {heads} heads against unrounded truth, {path}"
             yield Check(name, error(case.run(path=path), truth), 1.2 * floor)
     latent = torch.randn(1000, RANK + ROPE, device="cuda", dtype=torch.bfloat16) * 3
@@ -71,7 +71,8 @@ def _decodes(bench: Bench, batch: int, context: int) -> Iterator[Row]:
         shape = f"b{batch} h{heads} s{context}"
         for which, name, width in ((0, "bf16", 1152), (1, "fp8", 656)):
             size = batch * context * width + other
-            for path in _paths(heads, which == 1):
+            paths = _paths(which == 1, heads, batch * context)
+            for path in paths:
                 makes = [
                     _bound(
                         partial(mla_decode, path=path), query[..., :RANK], query[..., RANK:], caches[which], caches[2],
@@ -79,7 +80,7 @@ def _decodes(bench: Bench, batch: int, context: int) -> Iterator[Row]:
                     )
                     for query, caches in zip(queries, sets, strict=True)
                 ]  # fmt: skip
-                by = "ours, Triton" if path == "triton" and len(_paths(heads, which == 1)) > 1 else "ours"
+                by = "ours, Triton" if path == "triton" and len(paths) > 1 else "ours"
                 yield bench.measure("mla decode", f"{shape} {name}", by, flops, size, makes)
         size = batch * context * 1152 + other
         for peer, make in _peers(batch, heads, context):
@@ -91,12 +92,13 @@ def _decodes(bench: Bench, batch: int, context: int) -> Iterator[Row]:
             )
 
 
-def _paths(queries: int, fp8: bool) -> tuple[str, ...]:
-    """What is taken by itself, and Triton's kernel beside it where that is the CUDA one."""
+def _paths(fp8: bool, queries: int, keys: int | None = None) -> tuple[str, ...]:
+    """What is taken by itself for so many keys in all (None: for many), and Triton's kernel beside the CUDA one."""
     from teacher.kernels.cuda.build import library
     from teacher.kernels.mla_hopper import preferred
 
-    by_cuda = preferred(fp8, queries) and not isinstance(library("mla_decode"), str)
+    tiles = 10**6 if keys is None else keys // PAGE
+    by_cuda = preferred(fp8, queries, tiles) and not isinstance(library("mla_decode"), str)
     return ("cuda", "triton") if by_cuda else ("triton",)
 
 

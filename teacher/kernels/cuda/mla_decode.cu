@@ -2,7 +2,6 @@
 // launches; each returns a cudaError_t.
 
 #include "mla_decode_16.cuh"
-#include "mla_decode_128.cuh"
 #include "mla_decode_64.cuh"
 
 namespace mla {
@@ -64,32 +63,23 @@ __global__ void __launch_bounds__(kColumns* kGroups)
 
 }  // namespace mla
 
-template <class SharedMemory, int QUERIES, class... Parameters, class... More>
-static cudaError_t launch(void (*kernel)(Parameters...), int threads, int cluster, const mla::Arguments& a,
-                          cudaStream_t stream, const More&... more) {
+template <class SharedMemory, int QUERIES, class Kernel, class... More>
+static cudaError_t launch(Kernel* kernel, int threads, const mla::Arguments& a, cudaStream_t stream,
+                          const More&... more) {
     const int size = int(sizeof(SharedMemory));
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size);
     if (error != cudaSuccess) return error;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-    cudaLaunchConfig_t config = {};
-    const int programs = (a.tokens * a.heads + QUERIES - 1) / QUERIES;
-    config.gridDim = dim3(QUERIES == 2 * mla::kQueries ? 2 * programs : programs, a.rows, a.splits);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = size;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = cluster > 1;
-    return cudaLaunchKernelEx(&config, kernel, a, more...);
+    const dim3 grid((a.tokens * a.heads + QUERIES - 1) / QUERIES, a.rows, a.splits);
+    kernel<<<grid, threads, size, stream>>>(a, more...);
+    return cudaGetLastError();
 }
 
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// Boxes of 64 rows x `columns` values of a bf16 cache.
-static cudaError_t boxes(CUtensorMap* map, const mla::Arguments& a, cuuint32_t columns, CUtensorMapSwizzle swizzle) {
+// Boxes of 64 rows x 64 values of a bf16 cache.
+static cudaError_t boxes(CUtensorMap* map, const mla::Arguments& a) {
     static Encode encode = nullptr;
     if (!encode) {
         cudaDriverEntryPointQueryResult found;
@@ -100,37 +90,25 @@ static cudaError_t boxes(CUtensorMap* map, const mla::Arguments& a, cuuint32_t c
         encode = reinterpret_cast<Encode>(symbol);
     }
     const cuuint64_t sizes[2] = {mla::kRank + mla::kRope, cuuint64_t(a.cache_rows)}, pitch[1] = {sizes[0] * 2};
-    const cuuint32_t box[2] = {columns, mla::kPage}, steps[2] = {1, 1};
+    const cuuint32_t box[2] = {64, mla::kPage}, steps[2] = {1, 1};
     const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(a.cache), sizes, pitch,
-                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 extern "C" int mla_decode_bf16_64(const mla::Arguments* a, cudaStream_t stream) {
     CUtensorMap map;
-    if (const cudaError_t error = boxes(&map, *a, 64, CU_TENSOR_MAP_SWIZZLE_128B)) return error;
-    return launch<mla::Shared, mla::kQueries>(mla::decode_64<false>, 384, 1, *a, stream, map);
-}
-
-extern "C" int mla_decode_bf16_128(const mla::Arguments* a, cudaStream_t stream) {
-    CUtensorMap map, rope;
-    if (const cudaError_t error = boxes(&map, *a, 64, CU_TENSOR_MAP_SWIZZLE_128B)) return error;
-    if (const cudaError_t error = boxes(&rope, *a, 32, CU_TENSOR_MAP_SWIZZLE_64B)) return error;
-    return launch<mla::SharedPair, 2 * mla::kQueries>(mla::decode_128<false>, 384, 2, *a, stream, map, rope);
-}
-
-extern "C" int mla_decode_fp8_128(const mla::Arguments* a, cudaStream_t stream) {
-    return launch<mla::SharedPair, 2 * mla::kQueries>(mla::decode_128<true>, 384, 2, *a, stream, CUtensorMap{},
-                                                      CUtensorMap{});
+    if (const cudaError_t error = boxes(&map, *a)) return error;
+    return launch<mla::Shared, mla::kQueries>(mla::decode_64<false>, 384, *a, stream, map);
 }
 
 extern "C" int mla_decode_fp8_64(const mla::Arguments* a, cudaStream_t stream) {
-    return launch<mla::Shared, mla::kQueries>(mla::decode_64<true>, 384, 1, *a, stream, CUtensorMap{});
+    return launch<mla::Shared, mla::kQueries>(mla::decode_64<true>, 384, *a, stream, CUtensorMap{});
 }
 
 extern "C" int mla_decode_fp8_16(const mla::Arguments* a, cudaStream_t stream) {
-    return launch<mla::SharedFew, mla::kFew>(mla::decode_16, 256, 1, *a, stream);
+    return launch<mla::SharedFew, mla::kFew>(mla::decode_16, 256, *a, stream);
 }
 
 // Merges what a launch above it on the same stream has written as `a->out` and `a->lse`.

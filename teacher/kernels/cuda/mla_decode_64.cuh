@@ -22,8 +22,7 @@ struct Shared {
     float reference[2][kQueries], sum[2][kQueries];
     float unit[kQueries];                         // FP8: of queries
     alignas(16) float token[2][kPage / 8][2][8];  // of keys: see Tokens
-    uint64_t full[2][kTiles],
-        empty[2][2];  // of a buffer: its tiles; its owner's half, and the other half with the rope
+    uint64_t full[2][kTiles], empty[2][2];  // of a buffer: tiles; its owner's half, and the other half with the rope
 };
 
 // The order in which a buffer's tiles are loaded and multiplied: the owner's half is free first.

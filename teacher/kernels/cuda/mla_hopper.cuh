@@ -44,24 +44,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
         : "memory");
 }
 
-// At the barrier that lies there in CTA `rank` of the cluster. It says that something has been read, so no write has to
-// be made visible before it.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-__device__ __forceinline__ int cluster_rank() {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return int(rank);
-}
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // The CTA's numbered barriers: among `threads` of which some only say that they have come by.
 __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

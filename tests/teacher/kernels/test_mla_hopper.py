@@ -26,7 +26,7 @@ def test_no_kernel_spills(tmp_path):
     command = [build.nvcc(), *build._FLAGS, "-Xptxas", "-v", "-o", tmp_path / "library.so", source]
     said = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stderr
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert len(spilled) >= 6
+    assert len(spilled) == 4  # of bf16 and FP8 with 64 queries, of FP8 with 16, the merge
     assert set(spilled) == {("0", "0")}
     assert "serialized" not in said  # ptxas waits for each product where it does not see through the code
 
@@ -44,6 +44,8 @@ def test_the_faster_path_is_taken_by_itself():
     needs("cuda")
     for heads, fp8, expected in ((128, False, "cuda"), (16, False, "triton"), (16, True, "cuda"), (64, True, "cuda")):
         case = Case([70, 300], heads, fp8=fp8)
+        assert torch.equal(case.run(splits=2), case.run(path="triton", splits=2))  # too few keys
+        case.table_BP = torch.nn.functional.pad(case.table_BP, (0, 300))
         assert torch.equal(case.run(splits=2), case.run(path=expected, splits=2))
     case = Case([70, 300], 64)
     assert torch.equal(case.run(config=Config(32, 8, 2, 1)), case.run(config=Config(32, 8, 2, 1), path="triton"))
