@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teacher.config import DeepseekV3Config
+from teacher.kernels.arguments import obstacle
 from teacher.kernels.mla_cache import pack, unpack
 from teacher.norm import RMSNorm
 from teacher.rope import rotate, softmax_scale
@@ -75,6 +76,11 @@ class MultiHeadLatentAttention(nn.Module):
 
     def queries(self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Query parts without and with position: (B, T, H, N) and (B, T, H, D)."""
+        q_nope, q_rope = self._projected(x_BTH)
+        return q_nope, rotate(q_rope, cos_BTD.unsqueeze(2), sin_BTD.unsqueeze(2), self.config.rope_interleave)
+
+    def _projected(self, x_BTH: Tensor) -> tuple[Tensor, Tensor]:
+        """`queries` before the rotation."""
         config = self.config
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTH)
@@ -83,7 +89,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope = q.unflatten(-1, (config.num_attention_heads, -1)).split(
             (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
         )
-        return q_nope, rotate(q_rope, cos_BTD.unsqueeze(2), sin_BTD.unsqueeze(2), config.rope_interleave)
+        return q_nope, q_rope
 
     def latents(self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
         """What is cached for these tokens: normalised key-value latent and rotated shared key, (B, T, C)."""
@@ -123,11 +129,10 @@ class MultiHeadLatentAttention(nn.Module):
         """
         config = self.config
         heads, rank = config.num_attention_heads, config.kv_lora_rank
-        q_nope_BTHN, q_rope_BTHD = self.queries(x_BTH, cos_BTD, sin_BTD)
         latent_BTC = self.latents(x_BTH, cos_BTD, sin_BTD)
         if isinstance(view, PagedView):
             assert absorbed
-            return self._decode(q_nope_BTHN, q_rope_BTHD, latent_BTC, view)
+            return self._decode(*self.queries(x_BTH, cos_BTD, sin_BTD), latent_BTC, view)
         fp8 = view.cache_PW.dtype == torch.uint8
         rows_BTW = pack(latent_BTC, rank) if fp8 else latent_BTC
         view.cache_PW[view.write_BT] = rows_BTW
@@ -143,8 +148,10 @@ class MultiHeadLatentAttention(nn.Module):
                 .split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
             )
             k_rope_BSHD = context_BSC[..., rank:].unsqueeze(2).expand(-1, -1, heads, -1)
-            q_BHTK = torch.cat((q_nope_BTHN, q_rope_BTHD), dim=-1).transpose(1, 2)
-            k_BHSK = torch.cat((k_nope_BSHN, k_rope_BSHD), dim=-1).transpose(1, 2)
+            q_nope_BTHN, q_rope_BTHD = self._projected(x_BTH)
+            turn = cos_BTD, sin_BTD
+            q_BHTK = _joined(q_nope_BTHN, q_rope_BTHD, turn, config.rope_interleave).transpose(1, 2)
+            k_BHSK = _joined(k_nope_BSHN, k_rope_BSHD, None, config.rope_interleave).transpose(1, 2)
             mask_B1TS = None if isinstance(view, FreshView) else view.bias_BTS.unsqueeze(1)
             out_BHTV = F.scaled_dot_product_attention(
                 q_BHTK, k_BHSK, v_BSHV.transpose(1, 2), attn_mask=mask_B1TS, is_causal=fresh, scale=self.scale
@@ -152,6 +159,7 @@ class MultiHeadLatentAttention(nn.Module):
             return self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
         assert isinstance(view, CacheView)
         up_k_HNR, up_v_HVR = self._up()
+        q_nope_BTHN, q_rope_BTHD = self.queries(x_BTH, cos_BTD, sin_BTD)
         q_latent_BTHR = torch.einsum("bthn,hnr->bthr", q_nope_BTHN, up_k_HNR)
         q_BQC = torch.cat((q_latent_BTHR, q_rope_BTHD), dim=-1).flatten(1, 2)  # Q = T * H: one key head serves all
         # The entry serves as key, and whole as value too: the CPU's flash kernel wants equal sizes.
@@ -184,6 +192,23 @@ class MultiHeadLatentAttention(nn.Module):
         weight_HXR = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
         up_k_HNR, up_v_HVR = weight_HXR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         return up_k_HNR, up_v_HVR
+
+
+def _joined(nope_BTHN: Tensor, rope_BTHD: Tensor, turn: tuple[Tensor, Tensor] | None, interleave: bool) -> Tensor:
+    """Heads (B, T, H, K) of both parts, the second rotated if `turn` (cos and sin, (B, T, D / 2)) is given."""
+    bf16 = nope_BTHN.dtype == torch.bfloat16
+    if nope_BTHN.is_cuda and bf16 and not torch.is_grad_enabled() and obstacle(nope_BTHN.device) is None:
+        from teacher.kernels.heads import join
+        from teacher.kernels.latents import Rotation
+
+        rotation = None
+        if turn is not None:
+            cos_ND, sin_ND = (table.flatten(0, 1).contiguous() for table in turn)
+            rotation = Rotation(cos_ND, sin_ND, interleave)
+        return join(nope_BTHN.flatten(0, 1), rope_BTHD.flatten(0, 1), rotation).view(*nope_BTHN.shape[:3], -1)
+    if turn is not None:
+        rope_BTHD = rotate(rope_BTHD, turn[0].unsqueeze(2), turn[1].unsqueeze(2), interleave)
+    return torch.cat((nope_BTHN, rope_BTHD), dim=-1)
 
 
 def scaled_dot_product(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, packing: Packing, scale: float) -> Tensor:

@@ -29,13 +29,11 @@ from teacher.model import DeepseekV3
 from teacher.norm import RMSNorm
 from teacher.quantized_experts import QuantizedExperts
 from teacher.quantized_linear import QuantizedLinear, all_rows, row_numbers, tile
-from teacher.routing import Routing
+from teacher.routing import Routing, router_obstacle
 
 
 def fused_obstacle(model: DeepseekV3) -> str | None:
     """Why the kernels of this file cannot run the model's steps, or None. The MLA kernel's own reasons come first."""
-    from teacher.kernels.router import router_obstacle
-
     config = model.config
     if model.lm_head.weight.dtype != torch.bfloat16:
         return f"the model is in {model.lm_head.weight.dtype}, they take bfloat16"
@@ -50,7 +48,7 @@ def fused_obstacle(model: DeepseekV3) -> str | None:
     if config.moe_intermediate_size % 16:
         return f"experts of {config.moe_intermediate_size} hidden values, they take multiples of 16"
     if any(isinstance(layer.mlp, MoE) for layer in (*model.main_layers, *model.mtp_layers)):
-        return router_obstacle(config)
+        return router_obstacle(config, model.lm_head.weight.device)
     return None
 
 

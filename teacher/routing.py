@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teacher.config import DeepseekV3Config
+from teacher.kernels.arguments import obstacle
 
 
 class Routing(NamedTuple):
@@ -39,6 +40,12 @@ class Router(nn.Module):
         """Choose experts for each row of `x_NH`; weights sum to `routed_scaling_factor` if `norm_topk_prob`."""
         config = self.config
         with torch.autocast(x_NH.device.type, enabled=False):
+            if x_NH.is_cuda and not torch.is_grad_enabled() and router_obstacle(config, x_NH.device) is None:
+                from teacher.kernels.router import choose
+
+                logits_NE = self._logits(x_NH)
+                indices_NK, weights_NK = choose(logits_NE.unsqueeze(0), self.e_score_correction_bias, config)
+                return Routing(indices_NK, weights_NK, logits_NE.sigmoid_())
             scores_NE = self._logits(x_NH).sigmoid()
             with torch.no_grad():
                 biased_NE = scores_NE + self.e_score_correction_bias
@@ -53,6 +60,14 @@ class Router(nn.Module):
         if x_NH.is_cuda and x_NH.dtype == self.weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
             return torch.mm(x_NH, self.weight.t(), out_dtype=torch.float32)
         return F.linear(x_NH.float(), self.weight.float())
+
+
+def router_obstacle(config: DeepseekV3Config, device: torch.device) -> str | None:
+    """Why the kernel (teacher/kernels/router.py) cannot choose for this model there, or None."""
+    experts, groups = config.n_routed_experts, config.n_group
+    if experts & (experts - 1) or groups & (groups - 1):
+        return f"its router takes powers of two of experts and groups, not {experts} in {groups}"
+    return obstacle(device)
 
 
 def choose_experts(biased_NE: Tensor, n_group: int, topk_group: int, top_k: int) -> Tensor:

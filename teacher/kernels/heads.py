@@ -1,4 +1,6 @@
-"""What absorbed attention does head by head around its core: queries into the latent space, attended latents out of it.
+"""What attention does head by head around its core: queries into the latent space, attended latents out of it.
+
+Prefill, which rebuilds keys, has `join`: heads of both parts, written once (torch concatenates a value at a time).
 
 `absorb`: each head's query times its half of kv_b_proj, and its rotary part rotated: a split, a batched product, a
 rotation and copies otherwise. `values`: each head's attended latent times the other half, and, where a head's value is
@@ -156,3 +158,63 @@ def values_reference(attended_NHR: Tensor, up_HVR: Tensor, in_fp8: bool = False)
     """The definition."""
     out = torch.einsum("nhr,hvr->nhv", attended_NHR.float(), up_HVR.float()).to(attended_NHR.dtype).flatten(1)
     return Fp8(*quantize(out, ACTIVATION_BLOCK)) if in_fp8 else out
+
+
+@triton.jit(do_not_specialize=["N"])
+def _join_kernel(
+    nope, rope, cos, sin, out, N, H, nope_n, nope_h, rope_n, rope_h,
+    P: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROTATE: tl.constexpr, INTERLEAVE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads of one token."""
+    row = tl.program_id(0).to(tl.int64)
+    head_H = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    real = (head_H < H)[:, None]
+    at_P, at_D = tl.arange(0, BLOCK_P)[None, :], tl.arange(0, BLOCK_D)[None, :]
+    target = out + (row * H + head_H[:, None]) * (P + D)
+    live = real & (at_P < P)
+    tl.store(target + at_P, tl.load(nope + row * nope_n + head_H[:, None] * nope_h + at_P, mask=live), mask=live)
+    source = rope + row * rope_n + head_H[:, None] * rope_h
+    live = real & (at_D < D // 2)
+    if ROTATE:
+        first_at = source + (at_D * 2 if INTERLEAVE else at_D)
+        first = tl.load(first_at, mask=live, other=0.0).to(tl.float32)
+        second = tl.load(first_at + (1 if INTERLEAVE else D // 2), mask=live, other=0.0).to(tl.float32)
+        cos_D = tl.load(cos + row * (D // 2) + at_D, mask=at_D < D // 2, other=0.0)
+        sin_D = tl.load(sin + row * (D // 2) + at_D, mask=at_D < D // 2, other=0.0)
+        tl.store(target + P + at_D, to_bf16(first * cos_D - second * sin_D, INTERPRETED), mask=live)
+        tl.store(target + P + D // 2 + at_D, to_bf16(second * cos_D + first * sin_D, INTERPRETED), mask=live)
+    else:
+        tl.store(target + P + at_D, tl.load(source + at_D, mask=live), mask=live)
+        tl.store(target + P + D // 2 + at_D, tl.load(source + D // 2 + at_D, mask=live), mask=live)
+
+
+def join(nope_NHP: Tensor, rope_NHD: Tensor, rotation: Rotation | None = None) -> Tensor:
+    """Heads (N, H, P + D) of both parts, the second rotated if `rotation` is given; bf16, of any strides but the last
+    (a rotary key that all heads share is expanded)."""
+    for name, each in (("nope_NHP", nope_NHP), ("rope_NHD", rope_NHD)):
+        take(name, each, (torch.bfloat16,), (3,))
+    same_device(nope_NHP=nope_NHP, rope_NHD=rope_NHD)
+    (rows, heads, nope), rope = nope_NHP.shape, rope_NHD.shape[2]
+    if rope_NHD.shape[:2] != nope_NHP.shape[:2] or rope % 2:
+        raise ValueError(f"nope_NHP has shape {list(nope_NHP.shape)}, rope_NHD {list(rope_NHD.shape)}")
+    if rotation is not None and list(rotation.cos_ND.shape) != [rows, rope // 2]:
+        raise ValueError(f"rotations are {list(rotation.cos_ND.shape)}; taken: {[rows, rope // 2]}")
+    out_NHK = torch.empty(rows, heads, nope + rope, dtype=torch.bfloat16, device=nope_NHP.device)
+    if rows:
+        cos, sin = (nope_NHP, nope_NHP) if rotation is None else (rotation.cos_ND, rotation.sin_ND)
+        _join_kernel[(rows, -(-heads // 32))](
+            nope_NHP, rope_NHD, cos, sin, out_NHK, rows, heads, *nope_NHP.stride()[:2], *rope_NHD.stride()[:2], P=nope,
+            D=rope, HEADS=min(32, triton.next_power_of_2(heads)), BLOCK_P=triton.next_power_of_2(nope),
+            BLOCK_D=triton.next_power_of_2(rope // 2), ROTATE=rotation is not None,
+            INTERLEAVE=rotation is not None and rotation.interleave, INTERPRETED=INTERPRETED, num_warps=4,
+        )  # fmt: skip
+    return out_NHK
+
+
+def join_reference(nope_NHP: Tensor, rope_NHD: Tensor, rotation: Rotation | None = None) -> Tensor:
+    """The definition."""
+    if rotation is not None:
+        cos, sin = rotation.cos_ND.unsqueeze(1), rotation.sin_ND.unsqueeze(1)
+        rope_NHD = rotate(rope_NHD, cos, sin, rotation.interleave)
+    return torch.cat((nope_NHP, rope_NHD), dim=2)

@@ -17,14 +17,7 @@ from torch import Tensor
 
 from teacher.config import DeepseekV3Config
 from teacher.kernels.arguments import same_device, take
-
-
-def router_obstacle(config: DeepseekV3Config) -> str | None:
-    """Why the kernel cannot choose for this model, or None."""
-    experts, groups = config.n_routed_experts, config.n_group
-    if experts & (experts - 1) or groups & (groups - 1):
-        return f"its router takes powers of two of experts and groups, not {experts} in {groups}"
-    return None
+from teacher.routing import router_obstacle
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -74,7 +67,7 @@ def choose(parts_SNE: Tensor, bias_E: Tensor, config: DeepseekV3Config) -> tuple
     take("parts_SNE", parts_SNE, (torch.float32,), (3,), contiguous=True)
     take("bias_E", bias_E, (torch.float32,), (1,), contiguous=True)
     same_device(parts_SNE=parts_SNE, bias_E=bias_E)
-    if (missing := router_obstacle(config)) is not None:
+    if (missing := router_obstacle(config, parts_SNE.device)) is not None:
         raise ValueError(missing)
     (parts, tokens, experts), k = parts_SNE.shape, config.num_experts_per_tok
     if experts != config.n_routed_experts or len(bias_E) != experts:

@@ -128,27 +128,22 @@ def tiny_rows(quick: bool) -> Iterator[tuple[int, dict[str, Any]]]:
         yield count, {"graphs": False}
 
 
-def lite_rows(quick: bool) -> Iterator[tuple[str, int, bool, dict[str, Any]]]:
-    """Precision of the weights, concurrency, whether the prompt is long, and settings, for V2-Lite's shape.
-
-    Precisions follow each other: a model is drawn anew for each, and quantised in place.
-    """
-    for weights in ("model", "experts", "fp8"):
-        for count in (1, 64) if quick or weights == "experts" else (1, 4, 16, 64, 256):
-            yield weights, count, False, {}
-        if weights == "experts":
-            continue
-        for count in (1,) if quick else (1, 64):
-            yield weights, count, False, {"fused": False}
-        if not quick:
-            yield weights, 1, False, {"graphs": False}
-            yield weights, 64, True, {"cache_dtype": "model"}
-    for count in (1,) if quick else (1, 8):
-        yield "fp8", count, False, {"speculate": 1}
-    for count in (64,) if quick else (1, 64):
-        yield "fp8", count, True, {"cache_dtype": "fp8"}
+def lite_rows(weights: str, quick: bool) -> Iterator[tuple[int, bool, dict[str, Any]]]:
+    """Concurrency, whether the prompt is long, and settings, for V2-Lite's shape with these weights."""
+    for count in (1, 64) if quick or weights == "experts" else (1, 64, 256, 4, 16):
+        yield count, False, {}
+    if weights == "experts":
+        return
+    if weights == "fp8":
+        for count in (64,) if quick else (64, 1):
+            yield count, True, {"cache_dtype": "fp8"}
+        for count in (1,) if quick else (1, 8):
+            yield count, False, {"speculate": 1}
+    for count in (1,) if quick else (1, 64):
+        yield count, False, {"fused": False}
     if not quick:
-        yield "fp8", 256, False, {"cache_dtype": "fp8"}
+        yield 64, True, {"cache_dtype": "model"}
+        yield 1, False, {"graphs": False}
 
 
 def main() -> None:
@@ -174,26 +169,27 @@ def main() -> None:
         if chosen.json:
             chosen.json.write_text(json.dumps(found, indent=1))
 
-    if chosen.only != "tiny":
-        model, weights_now = lite(), "model"
-        found["lite_parameters"] = sum(p.numel() for n, p in model.named_parameters() if ".layers.27." not in n)
-        rng = random.Random(0)
-        stem = [rng.randrange(400) for _ in range(LONG)]
-        for weights, count, long, settings in lite_rows(chosen.quick):
-            if weights != weights_now:
-                del model
-                torch.cuda.empty_cache()
-                model, weights_now = quantized(lite(), weights), weights
+    rng = random.Random(0)
+    stem = [rng.randrange(400) for _ in range(LONG)]
+
+    def measure_lite(weights: str) -> None:
+        model = quantized(lite(), weights)
+        for count, long, settings in lite_rows(weights, chosen.quick):
             name = f"V2-Lite shape, {WEIGHTS[weights]}{f', prompt of {LONG}' if long else ''}"
             measure(name, model, count, [stem] * count if long else None, **settings)
-        found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-        del model
-        torch.cuda.empty_cache()
+
+    if chosen.only != "tiny":
+        measure_lite("fp8")
     if chosen.only != "lite":
         prompts = real_prompts(256)
         tiny = load_model("teacher/models/tiny-r1", dtype="bfloat16", device="cuda")
         for count, settings in tiny_rows(chosen.quick):
             measure("tiny-r1, bfloat16", tiny, count, prompts, **settings)
+    if chosen.only != "tiny":
+        for weights in ("model", "experts"):
+            torch.cuda.empty_cache()
+            measure_lite(weights)
+    found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))
 

@@ -331,7 +331,9 @@ def main(arguments: list[str] | None = None) -> None:
     most = max([contexts[-1] * batches[-1], *prompts])
     layers = Layers(build(chosen.tiny, chosen.weights, chosen.device), cache_dtype, most, on_gpu)
     print(f"{'':>19}" + "".join(f"{name:>15}" for name in ("moe layer", "dense layer", *PARTS)), flush=True)
-    work = [("decode", b, 1, c) for c in contexts for b in batches] + [("prefill", 1, t, t) for t in prompts]
+    # The most telling first: a run that is cut short loses the least.
+    decode = [("decode", b, 1, c) for c in reversed(contexts) for b in batches]
+    work = decode[: len(batches)] + [("prefill", 1, t, t) for t in prompts] + decode[len(batches) :]
     for kind, rows, new, context in work:
         if chosen.only in (None, kind):
             found[kind].append(measure(layers, bench, ceilings, rows, new, context))

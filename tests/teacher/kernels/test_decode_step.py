@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, dequantize, quantize
-from teacher.kernels.heads import absorb, absorb_reference, values, values_reference
+from teacher.kernels.heads import absorb, absorb_reference, join, join_reference, values, values_reference
 from teacher.kernels.latents import Rotation, write_latents, write_latents_reference
 from teacher.kernels.operands import Fp8
 from teacher.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
@@ -156,6 +156,22 @@ def test_absorb(rows, interleave, device):
         assert found.shape == expected.shape and relative(found, expected) < 2e-3
     attended = torch.randn(rows, heads, rank, device=device).bfloat16()
     assert relative(values(attended, up_v), values_reference(attended, up_v)) < 2e-3
+
+
+@pytest.mark.parametrize("interleave", [True, False, None])
+def test_join(interleave, device):
+    """Parts of rows that hold more, and a part that all heads share."""
+    rows, heads, nope, rope = 5, 35, 24, 16
+    whole = torch.randn(rows, heads, nope + 40, device=device).bfloat16()
+    part = torch.randn(rows, heads, rope, device=device).bfloat16()
+    if interleave is None:
+        part = part[:, :1].expand(-1, heads, -1)
+    turn = None if interleave is None else rotation(rows, rope, interleave, device)
+    found, expected = join(whole[..., :nope], part, turn), join_reference(whole[..., :nope], part, turn)
+    assert torch.equal(found[..., :nope], expected[..., :nope]) and found.shape == expected.shape
+    assert relative(found, expected) < (2e-3 if turn else 1e-9)
+    with pytest.raises(ValueError, match=r"nope_NHP has shape \[5, 35, 24\], rope_NHD \[4, 35, 16\]"):
+        join(whole[..., :nope], part[:4], turn)
 
 
 @pytest.mark.parametrize("rows", [1, 19])
