@@ -163,6 +163,7 @@ def test_the_id_names_what_makes_the_same_model_write_something_else(folder):
     assert of() == of(think="auto") == of(think="force") == of(dtype="float32") == of(batch_size=3) == usual
     assert of(think="leave") == load(folder, think="leave").id == f"{usual}+think=leave"
     assert of(think="leave", dtype="bfloat16") == f"{usual}+think=leave+dtype=bfloat16"
+    assert of(experts="fp8") == f"{usual}+experts=fp8" and of(weights="fp8") == f"{usual}+weights=fp8"
 
 
 def test_a_tag_spelled_in_several_tokens_is_counted_too(folder):
