@@ -44,7 +44,8 @@ class Engine:
     prompt tokens of a step. `speculate` is how many tokens the MTP module drafts a step, while no more than
     `speculate_rows` sequences run. `threads` CPU threads each take a share of the sequences (default: torch's number).
     `native` lets a float32 model on a CPU run in C (see teacher/native) where there is a compiler, `graphs` a bf16
-    model on a GPU by CUDA graphs, `kernels` its attention in Triton; `runs_in` says what came of it. `cache_dtype`
+    model on a GPU by CUDA graphs, `kernels` its attention, and with it the rest of a step of few tokens, by kernels
+    (which may put weights side by side in memory); `runs_in` says what came of it. `cache_dtype`
     "fp8" keeps 656 bytes a token and layer of DeepSeek-V3's sizes instead of 1,152, at e4m3's precision. `page_size`
     is 64 where the kernel reads the cache, else 16. A change of the weights wants a new engine.
     Raises ValueError on sizes that the model cannot have.
