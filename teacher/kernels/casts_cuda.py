@@ -24,8 +24,8 @@ _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "casts_rows": ("casts", (_P, _L, _I, _P, _P, _P, _L, _I, _I, _I, _P)),
     "casts_blocks": ("casts", (_P, _L, _L, _I, _P, _P, _I, _I, _I, _I, _P)),
-    "casts_transposed": ("casts_transposed", (_P, _L, _L, _I, _P, _P, _P, _P, _L, _I, _I, _I, _I, _I, _I, _P)),
-    "casts_again": ("casts_transposed", (_P, _P, _L, _L, _P, _P, _I, _I, _I, _I, _P)),
+    "casts_transposed": ("casts_transposed", (_P, _L, _L, _I, _P, _P, _P, _P, _L, _I, _I, _I, _I, _I, _P)),
+    "casts_again": ("casts_transposed", (_P, _P, _L, _L, _P, _P, _I, _I, _I, _P)),
 }
 COLUMNS, BLOCKS, BLOCKS_TWICE, BOTH_WAYS = range(4)
 
@@ -51,7 +51,8 @@ def takes(x: Tensor, transposed: bool) -> bool:
 
 def rows(
     x: Tensor, source: Tensor | None, values: Tensor, scales: Tensor, scale_stride: int, power_of_two: bool
-) -> None:  # fmt: skip
+) -> None:
+    """Tiles of 1 x 128 of x, or of its rows `source`."""
     _call(
         x, "casts_rows", x.data_ptr(), x.stride(0), _TYPES[x.dtype], None if source is None else source.data_ptr(),
         values.data_ptr(), scales.data_ptr(), scale_stride, *values.shape, power_of_two,
@@ -59,6 +60,7 @@ def rows(
 
 
 def blocks(x: Tensor, values: Tensor, scales: Tensor, power_of_two: bool) -> None:
+    """Blocks of 128 x 128 of each matrix."""
     _call(
         x, "casts_blocks", x.data_ptr(), *_strides(x), _TYPES[x.dtype], values.data_ptr(), scales.data_ptr(),
         *_sizes(x), power_of_two,
@@ -67,23 +69,22 @@ def blocks(x: Tensor, values: Tensor, scales: Tensor, power_of_two: bool) -> Non
 
 def transposed(
     x: Tensor, form: int, values_t: Tensor, scales_t: Tensor, values: Tensor | None, scales: Tensor | None,
-    scale_stride: int, power_of_two: bool, variant: int = 0,
+    scale_stride: int, power_of_two: bool,
 ) -> None:  # fmt: skip
     """`form`: COLUMNS and BLOCKS write the transpose alone; BLOCKS_TWICE also blocks as they lie, BOTH_WAYS also tiles
     of 1 x 128, whose columns of scales are `scale_stride` apart."""
     _call(
         x, "casts_transposed", x.data_ptr(), *_strides(x), _TYPES[x.dtype], values_t.data_ptr(), scales_t.data_ptr(),
         None if values is None else values.data_ptr(), None if scales is None else scales.data_ptr(), scale_stride,
-        *_sizes(x), form, power_of_two, variant,
+        *_sizes(x), form, power_of_two,
     )  # fmt: skip
 
 
-def again(
-    x: Tensor, x_scales: Tensor, values_t: Tensor, scales_t: Tensor, power_of_two: bool, variant: int = 0
-) -> None:
+def again(x: Tensor, x_scales: Tensor, values_t: Tensor, scales_t: Tensor, power_of_two: bool) -> None:
+    """Tiles of 1 x 128 to tiles of 128 x 1, transposed."""
     _call(
         x, "casts_again", x.data_ptr(), x_scales.data_ptr(), *x_scales.stride(), values_t.data_ptr(),
-        scales_t.data_ptr(), *x.shape, power_of_two, variant,
+        scales_t.data_ptr(), *x.shape, power_of_two,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 // them along the rows. Maxima are exchanged so that at the end each lane has one scale to compute and every lane another.
 //
 // Its values come through shared memory of its own, which 5 blocks of threads fit in beside each other, where registers
-// for what is under way would leave room for 4 (2.9 of 4.2 TB/s for 3.3).
+// for what is under way leave room for 4.
 //
 // Taken: R a multiple of 16 and C of 8; x aligned to 16 bytes, row by row. R rows, C columns.
 
@@ -144,8 +144,8 @@ __device__ void write_rows(
     asm volatile("" ::: "memory");
 }
 
-template <typename T, Form FORM, int MODE>
-__global__ void __launch_bounds__(1024 / Lane<T>::COLS, sizeof(T) == 4 ? 2 : MODE == 2 ? 4 : 5) transposed_kernel(
+template <typename T, Form FORM>
+__global__ void __launch_bounds__(1024 / Lane<T>::COLS, sizeof(T) == 4 ? 2 : 5) transposed_kernel(
     const T* x, int64_t matrix_stride, int64_t stride, uint8_t* values_t, float* scales_t, uint8_t* values,
     float* scales, int64_t scale_stride, const Sizes sizes, bool power_of_two) {
     using L = Lane<T>;
@@ -154,30 +154,22 @@ __global__ void __launch_bounds__(1024 / Lane<T>::COLS, sizeof(T) == 4 ? 2 : MOD
     extern __shared__ uint4 under_way[];
     const Spot<L::COLS> at(blockIdx.x, sizes);
     const T* from = x + at.matrix * matrix_stride + at.row * stride + at.column;
-    uint32_t v[16][4], a[4] = {0, 0, 0, 0}, m[L::COLS];
-    if constexpr (MODE == 2) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            load(v[i], from, at.inside);
-            from += stride;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            fetch<MODE>(&under_way[i * THREADS + threadIdx.x], from, at.inside);
-            from += stride;
-        }
-        arrived();
+    for (int i = 0; i < 16; ++i) {
+        fetch(&under_way[i * THREADS + threadIdx.x], from, at.inside);
+        from += stride;
     }
+    arrived();
     uint8_t* to_t = values_t + (static_cast<int64_t>(at.matrix) * C + at.column) * R + at.row;
     uint8_t* to = values + (static_cast<int64_t>(at.matrix) * R + at.row) * C + at.column;
     if (FORM == BOTH_WAYS) {
         float* column = scales + at.tile_column * scale_stride;
         write_rows<T>(to, column, at.tile_row * 128, R, C, &under_way[threadIdx.x], power_of_two, at.inside);
     }
+    uint32_t v[16][4], a[4] = {0, 0, 0, 0}, m[L::COLS];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-        if (MODE != 2) words(v[i], under_way[i * THREADS + threadIdx.x]);
+        words(v[i], under_way[i * THREADS + threadIdx.x]);
 #pragma unroll
         for (int w = 0; w < 4; ++w) a[w] = L::larger(a[w], v[i][w]);
     }
@@ -207,7 +199,6 @@ __global__ void __launch_bounds__(1024 / Lane<T>::COLS, sizeof(T) == 4 ? 2 : MOD
 
 // Tiles of 1 x 128 to tiles of 128 x 1, transposed: a lane has 8 columns' codes, of which 4 at a time are multiplied by
 // their rows' scales.
-template <bool PLAIN>
 __global__ void __launch_bounds__(128, 4) again_kernel(
     const uint8_t* x, const float* x_scales, int64_t scale_row, int64_t scale_column, uint8_t* values_t, float* scales_t,
     const Sizes sizes, bool power_of_two) {
@@ -218,7 +209,7 @@ __global__ void __launch_bounds__(128, 4) again_kernel(
     uint32_t v[16][2];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-        load<PLAIN>(v[i], from, at.inside);
+        load(v[i], from, at.inside);
         from += C;
     }
     const int row = at.tile_row * 128 + threadIdx.x;
@@ -275,12 +266,13 @@ Sizes sizes_of(int E, int R, int C, int group) {
 template <typename T>
 cudaError_t launch(
     const void* x, int64_t matrix_stride, int64_t stride, uint8_t* values_t, float* scales_t, uint8_t* values,
-    float* scales, int64_t scale_stride, int E, int R, int C, int form, bool power_of_two, int variant,
+    float* scales, int64_t scale_stride, int E, int R, int C, int form, bool power_of_two,
     cudaStream_t stream) {
-    const Sizes sizes = sizes_of(E, R, C, variant % 1000 ? variant % 1000 : form == BLOCKS_TWICE || form == BOTH_WAYS ? 8 : 128);
-    auto run = [&](auto form, auto mode) {
-        constexpr int THREADS = 1024 / Lane<T>::COLS, BYTES = mode.value == 2 ? 0 : 16 * THREADS * 16;
-        auto kernel = transposed_kernel<T, static_cast<Form>(form.value), mode.value>;
+    // What is written transposed alone does best with rows of tiles side by side, what is written both ways with few.
+    const Sizes sizes = sizes_of(E, R, C, form == COLUMNS || form == BLOCKS ? 128 : 8);
+    auto run = [&](auto form) {
+        constexpr int THREADS = 1024 / Lane<T>::COLS, BYTES = 16 * THREADS * 16;
+        auto kernel = transposed_kernel<T, static_cast<Form>(form.value)>;
         const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
         if (status != cudaSuccess) return status;
         kernel<<<sizes.tiles, THREADS, BYTES, stream>>>(
@@ -288,15 +280,10 @@ cudaError_t launch(
             power_of_two);
         return cudaGetLastError();
     };
-    auto pick = [&](auto mode) {
-        if (form == COLUMNS) return run(std::integral_constant<int, COLUMNS>{}, mode);
-        if (form == BLOCKS) return run(std::integral_constant<int, BLOCKS>{}, mode);
-        if (form == BLOCKS_TWICE) return run(std::integral_constant<int, BLOCKS_TWICE>{}, mode);
-        return run(std::integral_constant<int, BOTH_WAYS>{}, std::integral_constant<int, mode.value == 2 ? 0 : mode.value>{});
-    };
-    if (variant / 1000 == 1) return pick(std::integral_constant<int, 1>{});
-    if (variant / 1000 == 2) return pick(std::integral_constant<int, 2>{});
-    return pick(std::integral_constant<int, 0>{});
+    if (form == COLUMNS) return run(std::integral_constant<int, COLUMNS>{});
+    if (form == BLOCKS) return run(std::integral_constant<int, BLOCKS>{});
+    if (form == BLOCKS_TWICE) return run(std::integral_constant<int, BLOCKS_TWICE>{});
+    return run(std::integral_constant<int, BOTH_WAYS>{});
 }
 
 }  // namespace
@@ -304,24 +291,19 @@ cudaError_t launch(
 // `type`: 0 bf16, 1 fp16, 2 fp32; `form`: Form, whose COLUMNS and BLOCKS take no `values` and `scales`. Strides in values.
 extern "C" cudaError_t casts_transposed(
     const void* x, int64_t matrix_stride, int64_t stride, int type, uint8_t* values_t, float* scales_t, uint8_t* values,
-    float* scales, int64_t scale_stride, int E, int R, int C, int form, int power_of_two, int variant,
+    float* scales, int64_t scale_stride, int E, int R, int C, int form, int power_of_two,
     cudaStream_t stream) {
     const auto run = type == 0 ? launch<__nv_bfloat16> : type == 1 ? launch<__half> : launch<float>;
     return run(
-        x, matrix_stride, stride, values_t, scales_t, values, scales, scale_stride, E, R, C, form, power_of_two, variant,
+        x, matrix_stride, stride, values_t, scales_t, values, scales, scale_stride, E, R, C, form, power_of_two,
         stream);
 }
 
 extern "C" cudaError_t casts_again(
     const uint8_t* x, const float* x_scales, int64_t scale_row, int64_t scale_column, uint8_t* values_t, float* scales_t,
-    int R, int C, int power_of_two, int variant, cudaStream_t stream) {
-    const Sizes sizes = sizes_of(1, R, C, variant % 1000 ? variant % 1000 : 128);
-    if (variant / 1000 == 1) {
-        again_kernel<true><<<sizes.tiles, 128, 0, stream>>>(
-            x, x_scales, scale_row, scale_column, values_t, scales_t, sizes, power_of_two);
-    } else {
-        again_kernel<false><<<sizes.tiles, 128, 0, stream>>>(
-            x, x_scales, scale_row, scale_column, values_t, scales_t, sizes, power_of_two);
-    }
+    int R, int C, int power_of_two, cudaStream_t stream) {
+    const Sizes sizes = sizes_of(1, R, C, 128);
+    again_kernel<<<sizes.tiles, 128, 0, stream>>>(
+        x, x_scales, scale_row, scale_column, values_t, scales_t, sizes, power_of_two);
     return cudaGetLastError();
 }

@@ -51,7 +51,7 @@ __device__ uint32_t largest_of(const uint32_t (&v)[4]) {
     return L::COLS == 8 ? max(L::bits(&a, 0), L::bits(&a, 1)) : a;
 }
 
-// 16 or 8 bytes, or zeros. Through the L1, though nothing is read twice: without a line there loads are 4% slower.
+// 16 or 8 bytes, or zeros. 16 go through the L1, though nothing is read twice: `L1::no_allocate` costs them 4%.
 __device__ void load(uint32_t (&to)[4], const void* from, bool really) {
     asm volatile(
         "{.reg .pred p;\n"
@@ -60,32 +60,20 @@ __device__ void load(uint32_t (&to)[4], const void* from, bool really) {
         "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
         : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3]) : "l"(from), "r"(static_cast<int>(really)));
 }
-template <bool PLAIN>
 __device__ void load(uint32_t (&to)[2], const void* from, bool really) {
-#define LOAD(INSTRUCTION)                                                                                       \
-    asm volatile(                                                                                               \
-        "{.reg .pred p;\n"                                                                                      \
-        "setp.ne.b32 p, %3, 0;\n"                                                                               \
-        "mov.b32 %0, 0;\nmov.b32 %1, 0;\n"                                                                       \
-        "@p " INSTRUCTION " {%0, %1}, [%2];}"                                                                   \
-        : "=&r"(to[0]), "=&r"(to[1]) : "l"(from), "r"(static_cast<int>(really)))
-    if constexpr (PLAIN) LOAD("ld.global.nc.v2.u32");
-    else LOAD("ld.global.nc.L1::no_allocate.v2.u32");
-#undef LOAD
+    asm volatile(
+        "{.reg .pred p;\n"
+        "setp.ne.b32 p, %3, 0;\n"
+        "mov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+        "@p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
+        : "=&r"(to[0]), "=&r"(to[1]) : "l"(from), "r"(static_cast<int>(really)));
 }
 
 // 16 bytes or zeros on their way to shared memory, where the thread that asked for them finds them after `arrived`.
-template <int MODE>
 __device__ void fetch(uint4* to, const void* from, bool really) {
-    if constexpr (MODE == 1) {
-        asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                         static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                     "l"(from), "r"(really ? 16 : 0) : "memory");
-    } else {
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                         static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                     "l"(from), "r"(really ? 16 : 0) : "memory");
-    }
+    const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(really ? 16 : 0)
+                 : "memory");
 }
 __device__ void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
