@@ -3,7 +3,11 @@
 The third product of FP8 training (DeepSeek-V3 section 3.3.1, "Wgrad"): it sums over tokens, so both operands come
 transposed, in tiles of 1 x 128 along the tokens (`quantize_activations_transposed`), and each has a scale for every row
 and every 128 tokens. An expert's rows begin at a multiple of 128, so that no tile holds two experts. A dense layer is
-one expert with all rows.
+one expert with all rows, or several with a part each, whose results are then added.
+
+Whole tiles arrive by TMA; what an expert has beyond its last whole tile is cut off in registers. Measured on an H200:
+64 x 128 by four warps, two programs a multiprocessor, before 128 x 128 by eight, tiles in two halves, and a kernel in
+Gluon with a warp of its own that loads, as `grouped_gemm_hopper` has one (docs/kernels.md).
 
 Floors, for R rows in all and O x K matrices: 2 R O K FLOP; bytes R (O + K) of values + 4 E O K of fp32 result (and a
 32nd of the values in scales). The result is what moves: from 2 x 128 rows an expert on the arithmetic takes longer.
@@ -34,7 +38,6 @@ class WeightTile(NamedTuple):
     warps: int = 4
     stages: int = 3
     group: int = 8
-    registers: int | None = None  # at most, a thread
 
 
 @triton.jit
@@ -129,7 +132,6 @@ def grouped_weight_gemm(dy: Fp8, x: Fp8, groups: Groups, whole: bool = False, ti
             dy.values, x.values, *by_tma, dy.values.stride(0), x.values.stride(0), dy.scales, x.scales,
             *dy.scales.stride(), *x.scales.stride(), out_EOK, groups.start_E, groups.count_E, o, k, ROWS=tile.rows,
             COLUMNS=tile.columns, GROUP=tile.group, TMA=tma, num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=tile.registers,
         )  # fmt: skip
         return out_EOK
     return out_EOK.zero_()

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(256) rows_kernel(
 #pragma unroll
     for (int bit = LOADS; bit < LANES; bit *= 2) largest = max(largest, __shfl_xor_sync(ALL, largest, bit));
     const Scale mine = scale_of<T>(largest, power_of_two);
-    if (own < LOADS && row + own < R && column / 128 * 128 < C) scales[column / 128 * scale_stride + row + own] = mine.scale;
+    const int block = column / 128;
+    if (own < LOADS && row + own < R && block * 128 < C) scales[block * scale_stride + row + own] = mine.scale;
     uint8_t* to = values + static_cast<int64_t>(row) * C + column;
 
     auto store = [&](auto lifted) {
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(256) rows_kernel(
 // Blocks of 128 x 128 as they lie: half a warp takes 128 columns of a row (a warp, of fp32).
 template <typename T, int LOADS>
 __global__ void __launch_bounds__(16384 / Lane<T>::COLS / LOADS) blocks_kernel(
-    const T* x, int64_t matrix_stride, int64_t stride, uint8_t* values, float* scales, int R, int C, bool power_of_two) {
+    const T* x, int64_t matrix_stride, int64_t stride, uint8_t* values, float* scales, int R, int C,
+    bool power_of_two) {
     using L = Lane<T>;
     constexpr int LANES = 128 / L::COLS, STEP = 128 / LOADS, THREADS = STEP * LANES;
     const int row = blockIdx.y * 128 + threadIdx.x / LANES, column = blockIdx.x * 128 + threadIdx.x % LANES * L::COLS;
@@ -90,8 +92,8 @@ __global__ void __launch_bounds__(16384 / Lane<T>::COLS / LOADS) blocks_kernel(
 
 template <typename T>
 cudaError_t rows_launch(
-    const void* x, int64_t stride, const int* source, uint8_t* values, float* scales, int64_t scale_stride, int R, int C,
-    bool power_of_two, cudaStream_t stream) {
+    const void* x, int64_t stride, const int* source, uint8_t* values, float* scales, int64_t scale_stride, int R,
+    int C, bool power_of_two, cudaStream_t stream) {
     const unsigned across = (C + 32 * Lane<T>::COLS - 1) / (32 * Lane<T>::COLS);
     auto run = [&](auto loads, auto gather) {
         const unsigned tiles = (R + 2 * loads.value - 1) / (2 * loads.value) * across;

@@ -1,6 +1,6 @@
 // The casts whose result lies transposed, rows (tokens) last: as casts.cu, and without any exchange of values. A thread
 // holds 16 rows of a few columns, and the conversion to e4m3, which takes its two values from any two registers, packs
-// them along the rows. Maxima are exchanged so that at the end each lane has one scale to compute and every lane another.
+// them along the rows. Maxima are exchanged so that at the end each lane has one scale to compute, every one another.
 //
 // Its values come through shared memory of its own, which 5 blocks of threads fit in beside each other, where registers
 // for what is under way leave room for 4.
@@ -38,7 +38,8 @@ constexpr int SHIFT = 2;  // of a lane, to its group of rows
 __device__ void words(uint32_t (&v)[4], uint4 q) { v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w; }
 
 template <typename T>
-__device__ void write_columns(uint8_t* to, int R, uint32_t (&v)[16][4], const Scale& mine, bool columns_alone, bool inside) {
+__device__ void write_columns(
+    uint8_t* to, int R, uint32_t (&v)[16][4], const Scale& mine, bool columns_alone, bool inside) {
     const int lane = threadIdx.x % 32;
     auto store = [&](auto lifted) {
 #pragma unroll
@@ -200,8 +201,8 @@ __global__ void __launch_bounds__(1024 / Lane<T>::COLS, sizeof(T) == 4 ? 2 : 5) 
 // Tiles of 1 x 128 to tiles of 128 x 1, transposed: a lane has 8 columns' codes, of which 4 at a time are multiplied by
 // their rows' scales.
 __global__ void __launch_bounds__(128, 4) again_kernel(
-    const uint8_t* x, const float* x_scales, int64_t scale_row, int64_t scale_column, uint8_t* values_t, float* scales_t,
-    const Sizes sizes, bool power_of_two) {
+    const uint8_t* x, const float* x_scales, int64_t scale_row, int64_t scale_column, uint8_t* values_t,
+    float* scales_t, const Sizes sizes, bool power_of_two) {
     __shared__ __align__(16) float of_row[128];
     const int R = sizes.R, C = sizes.C, lane = threadIdx.x % 32;
     const Spot<8> at(blockIdx.x, sizes);
@@ -225,7 +226,8 @@ __global__ void __launch_bounds__(128, 4) again_kernel(
         uint32_t m[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
-            const float scale = i % 4 == 0 ? by[i / 4].x : i % 4 == 1 ? by[i / 4].y : i % 4 == 2 ? by[i / 4].z : by[i / 4].w;
+            const float4 q = by[i / 4];
+            const float scale = i % 4 == 0 ? q.x : i % 4 == 1 ? q.y : i % 4 == 2 ? q.z : q.w;
             const float2 low = decode(v[i], half * 4), high = decode(v[i], half * 4 + 2);
             f[i][0] = low.x * scale, f[i][1] = low.y * scale, f[i][2] = high.x * scale, f[i][3] = high.y * scale;
 #pragma unroll
@@ -288,7 +290,8 @@ cudaError_t launch(
 
 }  // namespace
 
-// `type`: 0 bf16, 1 fp16, 2 fp32; `form`: Form, whose COLUMNS and BLOCKS take no `values` and `scales`. Strides in values.
+// `type`: 0 bf16, 1 fp16, 2 fp32; `form`: Form, whose COLUMNS and BLOCKS take no `values` and `scales`. Strides are
+// counted in values.
 extern "C" cudaError_t casts_transposed(
     const void* x, int64_t matrix_stride, int64_t stride, int type, uint8_t* values_t, float* scales_t, uint8_t* values,
     float* scales, int64_t scale_stride, int E, int R, int C, int form, int power_of_two,
@@ -300,8 +303,8 @@ extern "C" cudaError_t casts_transposed(
 }
 
 extern "C" cudaError_t casts_again(
-    const uint8_t* x, const float* x_scales, int64_t scale_row, int64_t scale_column, uint8_t* values_t, float* scales_t,
-    int R, int C, int power_of_two, cudaStream_t stream) {
+    const uint8_t* x, const float* x_scales, int64_t scale_row, int64_t scale_column, uint8_t* values_t,
+    float* scales_t, int R, int C, int power_of_two, cudaStream_t stream) {
     const Sizes sizes = sizes_of(1, R, C, 128);
     again_kernel<<<sizes.tiles, 128, 0, stream>>>(
         x, x_scales, scale_row, scale_column, values_t, scales_t, sizes, power_of_two);

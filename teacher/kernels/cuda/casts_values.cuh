@@ -22,7 +22,9 @@ template <>
 struct Lane<__nv_bfloat16> {
     static constexpr int COLS = 8;
     static __device__ uint32_t larger(uint32_t a, uint32_t b) { return __vmaxu2(a, b & 0x7fff7fffu); }
-    static __device__ uint32_t bits(const uint32_t* w, int j) { return j & 1 ? w[j / 2] & 0xffff0000u : w[j / 2] << 16; }
+    static __device__ uint32_t bits(const uint32_t* w, int j) {
+        return j & 1 ? w[j / 2] & 0xffff0000u : w[j / 2] << 16;
+    }
     static __device__ float value(const uint32_t* w, int j) { return __uint_as_float(bits(w, j)); }
 };
 
@@ -183,7 +185,7 @@ __device__ void halve_max(uint32_t (&m)[N], int lane) {
     }
 }
 
-// Maxima of N values over the lanes that differ in bits from SHIFT on: the lane is left with value `lane >> SHIFT` mod N.
+// Maxima of N values over the lanes that differ in bits from SHIFT on: a lane is left with value `lane >> SHIFT` mod N.
 template <int N, int SHIFT>
 __device__ uint32_t spread_max(uint32_t (&m)[N], int lane) {
     if constexpr (N >= 8) halve_max<4, 4 << SHIFT>(m, lane);
