@@ -140,13 +140,13 @@ def kernels_state(machine: Machine) -> str:
 
 
 def cuda_kernels_state(machine: Machine) -> str:
-    """Whether the products of FP8 experts run in CUDA, for which a compiler is needed, or in Triton's Gluon, and why."""
+    """Whether kernels in CUDA can be had, for which a compiler is needed, or Triton's stand in for them, and why."""
     if kernels_state(machine) != "ready":
         return "not used: see the line above"
     from teacher.kernels.grouped_gemm_cuda import missing
 
     reason = missing()
-    return "ready" if reason is None else f"not used, Triton instead (slower): {reason}"
+    return "ready" if reason is None else f"not used, Triton instead: {reason}"
 
 
 def sandbox_state() -> str:

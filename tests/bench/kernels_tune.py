@@ -61,7 +61,7 @@ def candidates(kind: str, average: float) -> Iterator[Tile]:
     if average > 32:
         for group in (8, 16):
             yield Tile(128, 128, 2, group=group, stages=4, specialize=True)
-            for shared in SHARED if missing() is None else ():
+            for shared in SHARED if kind == "gemm" and missing() is None else ():
                 yield Tile(128, 128, 2, group=group, stages=4, specialize=True, cuda=shared)
     if average > 256:
         yield Tile(128, 128, 2, group=8, stages=4)

@@ -6,7 +6,7 @@
 namespace gemm {
 
 // A block's tiles: those of its cluster, of which it has its own row or column tile.
-template <Kind KIND, Mode MODE>
+template <Mode MODE>
 class Tiles {
   public:
     __device__ explicit Tiles(const Arguments& a)
@@ -26,22 +26,20 @@ class Tiles {
 
   private:
     static constexpr int BLOCKS = MODE == ALONE ? 1 : 2;
-    static constexpr int WIDE = (KIND == SWIGLU ? 128 : 256) * (MODE == SHARE_ROWS ? 2 : 1);
+    static constexpr int WIDE = COLUMNS * (MODE == SHARE_ROWS ? 2 : 1);
     Walk walk_;
     int rank_, index_;
 };
 
-template <Kind KIND, Mode MODE>
+template <Mode MODE>
 __device__ void load_operands(const CUtensorMap* x_map, const CUtensorMap* w_map, const Arguments& a, Ring ring) {
     const bool first_lane = threadIdx.x % 32 == 0;
-    Tiles<KIND, MODE> tiles(a);
+    Tiles<MODE> tiles(a);
     Tile tile;
     unsigned number = 0;
     for (; tiles.next(tile); ++number) {
         const int row = tile.rows > 0 ? tile.row : a.rows;  // beyond the last: TMA gives zeros
-        const int first = KIND == SWIGLU ? tile.expert * a.columns * 2 + tile.column * 128
-                                         : tile.expert * a.columns + tile.column * 256;
-        const int second = first + (KIND == SWIGLU ? a.columns : 128);
+        const int w_row = tile.expert * a.columns + tile.column * COLUMNS;
         if (first_lane) {
             ring.write_note(number, tile);
 #pragma unroll 1
@@ -54,12 +52,10 @@ __device__ void load_operands(const CUtensorMap* x_map, const CUtensorMap* w_map
                     hopper::load_tile_both(x + half * X_BYTES / 2, x_map, at, row + half * ROWS / 2, full);
                 else
                     hopper::load_tile(x, x_map, at, row, full);
-                if (MODE == SHARE_MATRIX) {
-                    hopper::load_tile_both(w + half * W_BYTES / 2, w_map, at, half == 0 ? first : second, full);
-                } else {
-                    hopper::load_tile(w, w_map, at, first, full);
-                    hopper::load_tile(w + W_BYTES / 2, w_map, at, second, full);
-                }
+                if (MODE == SHARE_MATRIX)
+                    hopper::load_tile_both(w + half * W_BYTES / 2, w_map, at, w_row + half * COLUMNS / 2, full);
+                else
+                    hopper::load_tile(w, w_map, at, w_row, full);
             }
         }
         __syncwarp();
@@ -73,23 +69,21 @@ __device__ void load_operands(const CUtensorMap* x_map, const CUtensorMap* w_map
 }
 
 // Scales are read a step before they are put where the groups that multiply find them.
-template <Kind KIND, Mode MODE>
+template <Mode MODE>
 __device__ void load_scales(const Arguments& a, Ring ring) {
     const int lane = threadIdx.x % 32;
     const int blocks = (a.columns + 127) / 128;
-    Tiles<KIND, MODE> tiles(a);
+    Tiles<MODE> tiles(a);
     Tile tile;
     while (tiles.next(tile)) {
-        int block = KIND == SWIGLU ? tile.column : tile.column * 2 + lane % 2;
-        block = min(block, blocks - 1);  // the second of two column tiles may not exist
-        const long w_row = static_cast<long>(tile.expert) * blocks * (KIND == SWIGLU ? 2 : 1) + block +
-                           (KIND == SWIGLU ? lane % 2 * blocks : 0);
+        const int block = min(tile.column, blocks - 1);  // the second of two column tiles may not exist
+        const long w_row = static_cast<long>(tile.expert) * blocks + block;
         const float *w_at = a.w_scales + w_row * a.steps(), *x_at = a.x_scales + tile.row + lane;
         float x[ROWS / 32], w;
         const auto read = [&] {
 #pragma unroll
             for (int i = 0; i < ROWS / 32; ++i) x[i] = hopper::load_here(x_at + i * 32, lane + i * 32 < tile.rows);
-            w = hopper::load_here(w_at, lane < 2);
+            w = hopper::load_here(w_at, lane == 0);
             ++w_at, x_at += a.x_scale_stride;
         };
         read();
@@ -99,7 +93,7 @@ __device__ void load_scales(const Arguments& a, Ring ring) {
             const uint32_t to = ring.scales() + lane * 4;
 #pragma unroll
             for (int i = 0; i < ROWS / 32; ++i) hopper::store_shared(to + i * 128, x[i]);
-            if (lane < 2) hopper::store_shared(to + ROWS * 4, w);
+            if (lane == 0) hopper::store_shared(to + ROWS * 4, w);
             __syncwarp();
             if (lane == 0) hopper::barrier_arrive(ring.full());
             if (k < a.steps()) read();

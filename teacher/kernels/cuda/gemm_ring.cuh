@@ -8,9 +8,9 @@
 
 namespace gemm {
 
-constexpr int ROWS = 128, K_STEP = 128, STAGES = 4;
-constexpr int X_BYTES = ROWS * K_STEP, W_BYTES = 256 * K_STEP, STAGE = X_BYTES + W_BYTES;
-constexpr int SCALES = ROWS * 4 + 16;  // bytes of a stage: of each row, and of the two halves of the columns
+constexpr int ROWS = 128, COLUMNS = 128, K_STEP = 128, STAGES = 6;
+constexpr int X_BYTES = ROWS * K_STEP, W_BYTES = COLUMNS * K_STEP, STAGE = X_BYTES + W_BYTES;
+constexpr int SCALES = ROWS * 4 + 16;  // bytes of a stage: of each row, and of the columns
 constexpr int NOTES = 8;               // more than STAGES, so that none is overwritten before all have read it
 
 // What two blocks of a cluster share.
@@ -20,10 +20,8 @@ struct Arguments {
     const float *x_scales, *w_scales;
     long x_scale_stride;
     void* out;
-    float* out_scales;
-    long out_scale_stride;
     Groups groups;
-    int rows, columns, k;  // columns of the output: a SwiGLU's matrix has twice as many rows
+    int rows, columns, k;
     int group;
     bool by_tma;
 
@@ -32,9 +30,9 @@ struct Arguments {
 
 class Ring {
   public:
-    static constexpr int STAGING_AT = STAGES * STAGE, NOTES_AT = STAGING_AT + 4 * PIECE,
+    static constexpr int STAGING_AT = STAGES * STAGE, NOTES_AT = STAGING_AT + 2 * PIECE,
                          SCALES_AT = NOTES_AT + NOTES * 16, BARRIERS_AT = SCALES_AT + STAGES * SCALES,
-                         BYTES = BARRIERS_AT + (2 * STAGES + 2) * 8;
+                         BYTES = BARRIERS_AT + 2 * STAGES * 8;
 
     __device__ explicit Ring(uint32_t base) : base_(base) {}
 
@@ -45,7 +43,7 @@ class Ring {
     __device__ uint32_t scales() const { return base_ + SCALES_AT + stage() * SCALES; }
     __device__ uint32_t full() const { return base_ + BARRIERS_AT + stage() * 8; }
     __device__ uint32_t empty() const { return full() + STAGES * 8; }
-    __device__ uint32_t staging(int group) const { return base_ + STAGING_AT + group * 2 * PIECE; }
+    __device__ uint32_t staging(int group) const { return base_ + STAGING_AT + group * PIECE; }
 
     // By one thread. Barriers: full when both loading warps have arrived; empty when the warps that multiply have, of
     // both blocks where operands go to both.
@@ -54,7 +52,6 @@ class Ring {
             hopper::barrier_init(base_ + BARRIERS_AT + i * 8, 2);
             hopper::barrier_init(base_ + BARRIERS_AT + (STAGES + i) * 8, mode == ALONE ? 8 : 16);
         }
-        for (int group = 0; group < 2; ++group) hopper::barrier_init(turn(group), 4);
         hopper::barrier_init_fence();
     }
 
@@ -73,15 +70,7 @@ class Ring {
         return tile;
     }
 
-    // The groups issue products in turn, two a step. A barrier for each group, at which the other's four warps arrive;
-    // group 0 begins. `half` is the product's number in its step.
-    __device__ void wait_turn(int group, int half) const { hopper::barrier_wait(turn(group), half ^ group ^ 1); }
-    __device__ void give_turn(int group) const {
-        if (threadIdx.x % 32 == 0) hopper::barrier_arrive(turn(group ^ 1));
-    }
-
   private:
-    __device__ uint32_t turn(int group) const { return base_ + BARRIERS_AT + (2 * STAGES + group) * 8; }
     __device__ unsigned stage() const { return step_ % STAGES; }
     __device__ uint32_t note(unsigned number) const { return base_ + NOTES_AT + number % NOTES * 16; }
 

@@ -4,53 +4,32 @@
 
 #include <cuda_bf16.h>
 
-#include "gemm_schedule.cuh"
 #include "hopper.cuh"
 
 namespace gemm {
 
 constexpr int PIECE = 64 * 128;  // bytes
-enum Kind { BF16, FP32, SWIGLU };
+enum Kind { BF16, FP32 };
 
 // Where in a piece the 16 bytes `unit` (0 to 7) of a row lie.
 __device__ __forceinline__ int place(int row, int unit) { return row * 128 + (unit ^ row % 8) * 16; }
 
-// value / scale, correctly rounded (Markstein), as teacher.kernels.quantize divides.
-__device__ __forceinline__ float divided(float value, float scale, float reciprocal) {
-    const float q = value * reciprocal;
-    return __fmaf_rn(__fmaf_rn(-q, scale, value), reciprocal, q);
-}
-
-__device__ __forceinline__ uint16_t codes(float low, float high) {
-    uint16_t both;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
-    return both;
-}
-
-// The scale of a block whose largest magnitude has these bits; as teacher.kernels.quantize finds it.
-__device__ __forceinline__ float block_scale(int bits) {
-    const float largest = __int_as_float(bits);
-    const float scale = __fdiv_rn(largest, 448.0f);
-    return largest == 0.0f ? 1.0f : scale < 1.1754943508222875e-38f ? 1.1754943508222875e-38f : scale;  // NaN stays
-}
-
 template <Kind KIND>
 struct Output {
-    static constexpr int BYTES = KIND == BF16 ? 2 : KIND == FP32 ? 4 : 1;  // of a value
+    static constexpr int BYTES = KIND == BF16 ? 2 : 4;  // of a value
 
     const CUtensorMap* map;
     unsigned char* values;
     long columns;
     bool by_tma;       // the map is good
-    uint32_t staging;  // two pieces, in turn
+    uint32_t staging;  // a piece
     int barrier;       // the warp group's own
-    unsigned pieces = 0;
 
-    // Before a piece is written: its shared memory is free, as only the piece before may still be read.
-    __device__ uint32_t open() {
-        if (threadIdx.x % 128 == 0) hopper::stores_read<1>();
+    // Before a piece is written: the one before has been read.
+    __device__ uint32_t open() const {
+        if (threadIdx.x % 128 == 0) hopper::stores_read<0>();
         hopper::named_sync(barrier, 128);
-        return staging + pieces++ % 2 * PIECE;
+        return staging;
     }
 
     // After: out with it. `rows` of the 64 are real.
@@ -59,11 +38,10 @@ struct Output {
         if (whole) hopper::async_fence();
         hopper::named_sync(barrier, 128);
         const int thread = threadIdx.x % 128;
-        if (thread == 0) {
-            if (whole && column < columns) hopper::store_tile(map, column, static_cast<int>(row), from);
-            hopper::stores_commit();  // a group for every piece, be it empty: `open` counts them
+        if (whole) {
+            if (thread == 0 && column < columns) hopper::store_tile(map, column, static_cast<int>(row), from);
+            return;
         }
-        if (whole) return;
         const bool wide = columns * BYTES % 16 == 0 && reinterpret_cast<uint64_t>(values) % 16 == 0;
 #pragma unroll 1
         for (int unit = thread; unit < rows * 8 && unit < 512; unit += 128) {
@@ -86,7 +64,6 @@ struct Output {
                 const uint32_t word = words[i * BYTES / 4] >> i * BYTES % 4 * 8;
                 if (BYTES == 4) reinterpret_cast<uint32_t*>(to)[i] = word;
                 if (BYTES == 2) reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(word);
-                if (BYTES == 1) to[i] = static_cast<unsigned char>(word);
             }
         }
     }
@@ -124,67 +101,19 @@ __device__ __forceinline__ void put_fp32(uint32_t to, const float (&sums)[64]) {
                          : "memory");
 }
 
-// All 128 columns of hidden values as codes, and the scales of this thread's two rows.
-__device__ __forceinline__ void put_codes(uint32_t to, const float (&hidden)[64], float (&scale)[2]) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-#pragma unroll
-    for (int below = 0; below < 2; ++below) {
-        int largest = 0;
-#pragma unroll
-        for (int j = 0; j < 16; ++j)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-                largest = max(largest, __float_as_int(hidden[j * 4 + below * 2 + i]) & 0x7FFFFFFF);
-        largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-        largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-        scale[below] = block_scale(largest);
-        const float reciprocal = __frcp_rn(scale[below]);
-#pragma unroll
-        for (int j = 0; j < 16; ++j) {
-            const float *at = hidden + j * 4 + below * 2;
-            const uint16_t both =
-                codes(divided(at[0], scale[below], reciprocal), divided(at[1], scale[below], reciprocal));
-            const int within = j % 2 * 8 + lane % 4 * 2;
-            asm volatile("st.shared.b16 [%0], %1;" ::"r"(to + place(row + below * 8, j / 2) + within), "h"(both)
-                         : "memory");
-        }
-    }
-}
-
-// This thread's sums of a tile, on their way; `local` is its row in the tile, `row` the group's first, in all.
-template <Kind KIND, typename Arguments>
-__device__ __forceinline__ void put_tile(Output<KIND>& output, float (&sums)[2][64], const Tile& tile, long row,
-                                         int rows, int local, const Arguments& a) {
+// A thread's sums of a tile, on their way out; `row` is the group's first, of which `rows` are real.
+template <Kind KIND>
+__device__ __forceinline__ void put_tile(const Output<KIND>& output, const float (&sums)[64], long row, int rows,
+                                         int column) {
     uint32_t piece;
-    if constexpr (KIND == SWIGLU) {
-        const int column = tile.column * 128, lane = threadIdx.x % 32;
-#pragma unroll
-        for (int i = 0; i < 64; ++i) {
-            const bool inside = column + i / 4 * 8 + lane % 4 * 2 + i % 2 < a.columns;
-            const float gate = sums[0][i];
-            sums[0][i] = inside ? __fdividef(gate, 1.0f + __expf(-gate)) * sums[1][i] : 0.0f;
-        }
-        float scale[2];
-        put_codes(piece = output.open(), sums[0], scale), output.close(piece, row, rows, column);
-        if (lane % 4 == 0 && column < a.columns) {
-            float* at = a.out_scales + tile.column * a.out_scale_stride + tile.row + local;
-            if (local < tile.rows) at[0] = scale[0];
-            if (local + 8 < tile.rows) at[8] = scale[1];
-        }
+    if constexpr (KIND == BF16) {
+        put_bf16<0>(piece = output.open(), sums), output.close(piece, row, rows, column);
+        put_bf16<8>(piece = output.open(), sums), output.close(piece, row, rows, column + 64);
     } else {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int column = tile.column * 256 + half * 128;
-            if constexpr (KIND == BF16) {
-                put_bf16<0>(piece = output.open(), sums[half]), output.close(piece, row, rows, column);
-                put_bf16<8>(piece = output.open(), sums[half]), output.close(piece, row, rows, column + 64);
-            } else {
-                put_fp32<0>(piece = output.open(), sums[half]), output.close(piece, row, rows, column);
-                put_fp32<4>(piece = output.open(), sums[half]), output.close(piece, row, rows, column + 32);
-                put_fp32<8>(piece = output.open(), sums[half]), output.close(piece, row, rows, column + 64);
-                put_fp32<12>(piece = output.open(), sums[half]), output.close(piece, row, rows, column + 96);
-            }
-        }
+        put_fp32<0>(piece = output.open(), sums), output.close(piece, row, rows, column);
+        put_fp32<4>(piece = output.open(), sums), output.close(piece, row, rows, column + 32);
+        put_fp32<8>(piece = output.open(), sums), output.close(piece, row, rows, column + 64);
+        put_fp32<12>(piece = output.open(), sums), output.close(piece, row, rows, column + 96);
     }
 }
 

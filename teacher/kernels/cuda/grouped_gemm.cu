@@ -1,14 +1,15 @@
-// The grouped FP8 products of teacher/kernels/grouped_gemm.py for many rows: a warp loads, two groups of four multiply.
+// The grouped FP8 product of teacher/kernels/grouped_gemm.py for many rows: two warps load, two groups of four multiply.
 //
-// A block's tile is 128 rows x 256 columns (SwiGLU: 128 of gate and the same 128 of up), in steps of 128 of K. Each
-// multiplying group has 64 of the rows. Hopper's tensor cores add e4m3 products with 14 bits, so each 128 of K are
-// added, scaled, on the ordinary cores; 128 registers a thread hold the sums, 64 the product that is next to be added.
-// The groups take turns at issuing products, so that one adds while the tensor cores have the other's: left alone, both
-// products are done in turns of an instruction, end together, and then the tensor cores wait for two additions.
+// A block's tile is 128 rows x 128 columns, 64 of the rows for each group, in steps of 128 of K. Hopper's tensor cores
+// add e4m3 products with 14 bits, so each step's product is added, scaled, on the ordinary cores. A group issues the next
+// step's product before it waits for this one's, so that the tensor cores have one while it adds: 64 registers a thread
+// hold the sums, twice 64 the two products. What then binds is shared memory, 128 bytes a cycle: a product of 64 x 128 x 32
+// takes 64 cycles and reads 6 KB, and TMA writes 32 KB for 512 cycles of products, together 160 bytes a cycle at full
+// rate (products of 64 columns, two under way over a tile of 256, as in Gluon: 176).
 //
 // Two blocks of a cluster read one operand once from the L2, each loading half of it into both: the matrix where they
-// multiply two row tiles (SHARE_MATRIX: 32 KB a step and block instead of 48), the rows where they multiply two column
-// tiles (SHARE_ROWS: 40 KB). Where one of the two row tiles does not exist its block goes along on rows of zeros.
+// multiply two row tiles (SHARE_MATRIX), the rows where they multiply two column tiles (SHARE_ROWS): 24 KB a step and
+// block instead of 32. Where one of the two row tiles does not exist its block goes along on rows of zeros.
 //
 // Persistent: as many blocks as the chip holds; the loading warp finds its next tile from the experts' counts, so nothing
 // is launched before, and tells the others with the tile's first operands. Sums go out by TMA. What is computed for rows
@@ -26,71 +27,77 @@ namespace gemm {
 namespace {
 
 constexpr int THREADS = 384;
-// The turn is given when so many instructions of a product of four are left; 0: no turns.
-#ifndef GEMM_LEFT
-#define GEMM_LEFT 1
-#endif
-constexpr int LEFT = GEMM_LEFT;
+
+// A step's product under way: its registers, the scales of this thread's two rows, and what to tell when it is done.
+struct Product {
+    float part[64], scale[2];
+    uint32_t empty;
+};
 
 template <Kind KIND, Mode MODE>
 __device__ void multiply(const CUtensorMap* out_map, const Arguments& a, Ring ring) {
     const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
     const int local = threadIdx.x / 32 * 16 + lane / 4;  // and 8 below it: this thread's rows of the tile
-    Output<KIND> output{out_map, static_cast<unsigned char*>(a.out), a.columns, a.by_tma, ring.staging(group),
-                        1 + group};
+    const Output<KIND> output{out_map, static_cast<unsigned char*>(a.out), a.columns, a.by_tma, ring.staging(group),
+                              1 + group};
+    float sums[64];
+    const auto issue = [&](Product& product) {
+        hopper::barrier_wait(ring.full(), ring.phase());
+        const uint32_t x = hopper::tile_descriptor(ring.x() + group * 64 * K_STEP);
+        const uint32_t w = hopper::tile_descriptor(ring.w());
+        hopper::hold(product.part);
+        hopper::product_fence();
+#pragma unroll
+        for (int i = 0; i < K_STEP / 32; ++i) product_64x128x32(product.part, x + i * 2, w + i * 2, i > 0);
+        hopper::product_commit();
+        hopper::hold(product.part);
+        const float columns = hopper::load_shared(ring.scales() + ROWS * 4);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            product.scale[i] = hopper::load_shared(ring.scales() + local * 4 + i * 32) * columns;
+        product.empty = ring.empty();
+        ring.next();
+    };
+    const auto add = [&](Product& product) {  // when it is done
+        hopper::hold(product.part);
+        if (MODE == ALONE) {
+            if (lane == 0) hopper::barrier_arrive(product.empty);
+        } else if (lane < 2) {
+            hopper::barrier_arrive_at(product.empty, lane);
+        }
+#pragma unroll
+        for (int i = 0; i < 64; ++i) sums[i] = __fmaf_rn(product.part[i], product.scale[i / 2 % 2], sums[i]);
+    };
     for (unsigned number = 0;; ++number) {
         hopper::barrier_wait(ring.full(), ring.phase());
         const Tile tile = ring.read_note(number);
         if (tile.expert < 0) break;
-        float sums[2][64], part[64];
+        Product even, odd;
 #pragma unroll
-        for (int i = 0; i < 64; ++i) sums[0][i] = sums[1][i] = part[i] = 0.0f;
+        for (int i = 0; i < 64; ++i) sums[i] = even.part[i] = odd.part[i] = 0.0f;
+        issue(even);
+        int left = a.steps() - 1;
 #pragma unroll 1
-        for (int k = 0; k < a.steps(); ++k, ring.next()) {
-            hopper::barrier_wait(ring.full(), ring.phase());
-            const uint32_t x = hopper::tile_descriptor(ring.x() + group * 64 * K_STEP);
-            const uint32_t w = hopper::tile_descriptor(ring.w());
-            float scale[2][2];  // of a half of the columns, of a row
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                hopper::hold(part);
-                if (LEFT > 0) ring.wait_turn(group, half);
-                hopper::product_fence();
-#pragma unroll
-                for (int i = 0; i < K_STEP / 32; ++i) {
-                    if (LEFT > 0 && i == K_STEP / 32 - LEFT) hopper::product_commit();
-                    product_64x128x32(part, x + i * 2, w + half * (W_BYTES / 2 >> 4) + i * 2, i > 0);
-                }
-                hopper::product_commit();
-                if (half == 0) {
-                    const float row = hopper::load_shared(ring.scales() + local * 4);
-                    const float below = hopper::load_shared(ring.scales() + local * 4 + 32);
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const float columns = hopper::load_shared(ring.scales() + (ROWS + i) * 4);
-                        scale[i][0] = row * columns, scale[i][1] = below * columns;
-                    }
-                }
-                hopper::hold(part);
-                if (LEFT > 0 && LEFT < K_STEP / 32) hopper::product_wait<1>();
-                if (LEFT > 0) ring.give_turn(group);
-                hopper::product_wait<0>();
-                hopper::hold(part);
-                if (half == 1) {
-                    if (MODE == ALONE) {
-                        if (lane == 0) hopper::barrier_arrive(ring.empty());
-                    } else if (lane < 2) {
-                        hopper::barrier_arrive_at(ring.empty(), lane);
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < 64; ++i) sums[half][i] = __fmaf_rn(part[i], scale[half][i / 2 % 2], sums[half][i]);
-            }
+        for (; left >= 2; left -= 2) {
+            issue(odd);
+            hopper::product_wait<1>();
+            add(even);
+            issue(even);
+            hopper::product_wait<1>();
+            add(odd);
         }
-
+        if (left > 0) {
+            issue(odd);
+            hopper::product_wait<1>();
+            add(even);
+            hopper::product_wait<0>();
+            add(odd);
+        } else {
+            hopper::product_wait<0>();
+            add(even);
+        }
         const int rows = tile.rows - group * 64;
-        const long row = static_cast<long>(tile.row) + group * 64;
-        if (rows > 0) put_tile<KIND>(output, sums, tile, row, rows, local, a);
+        if (rows > 0) put_tile<KIND>(output, sums, static_cast<long>(tile.row) + group * 64, rows, tile.column * COLUMNS);
     }
     if (threadIdx.x % 128 == 0) hopper::stores_done();
 }
@@ -115,8 +122,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int warp = threadIdx.x / 32;
     if (warp >= 8) {
         hopper::fewer_registers<40>();
-        if (warp == 8) load_operands<KIND, MODE>(&x_map, &w_map, a, ring);
-        if (warp == 9) load_scales<KIND, MODE>(a, ring);
+        if (warp == 8) load_operands<MODE>(&x_map, &w_map, a, ring);
+        if (warp == 9) load_scales<MODE>(a, ring);
     } else {
         hopper::more_registers<232>();
         multiply<KIND, MODE>(&out_map, a, ring);
@@ -177,13 +184,13 @@ cudaError_t launch(Mode mode, const CUtensorMap* maps, const Arguments& a, int d
 }  // namespace
 }  // namespace gemm
 
-// x (rows, k) and w (experts, columns or twice as many, k) in e4m3, out (rows, columns): kind 0 bf16, 1 fp32, 2 e4m3
-// with SwiGLU. Scales of rows lie column by column. mode: what two blocks of a cluster share, 0 nothing, 1 the matrix,
-// 2 the rows. Launches on `stream`, a stream of `device`; waits for nothing.
+// x (rows, k) and w (experts, columns, k) in e4m3, out (rows, columns) in bf16, or fp32 if `fp32`. Scales of rows lie
+// column by column. mode: what two blocks of a cluster share, 0 nothing, 1 the matrix, 2 the rows. Launches on `stream`,
+// a stream of `device`; waits for nothing.
 extern "C" int grouped_gemm(const void* x, const float* x_scales, long x_scale_stride, const void* w,
-                            const float* w_scales, void* out, float* out_scales, long out_scale_stride,
-                            const int* start, const int* count, int experts, int rows, int columns, int k, int kind,
-                            int mode, int group, int device, cudaStream_t stream) {
+                            const float* w_scales, void* out, const int* start, const int* count, int experts,
+                            int rows, int columns, int k, int fp32, int mode, int group, int device,
+                            cudaStream_t stream) {
     using namespace gemm;
     static Encode encode = nullptr;
     if (encode == nullptr) {
@@ -195,28 +202,26 @@ extern "C" int grouped_gemm(const void* x, const float* x_scales, long x_scale_s
         if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
         encode = reinterpret_cast<Encode>(entry);
     }
-    const int bytes = kind == BF16 ? 2 : kind == FP32 ? 4 : 1;
-    const CUtensorMapDataType type = kind == BF16   ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                     : kind == FP32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                                    : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-    const long matrix_rows = static_cast<long>(experts) * columns * (kind == SWIGLU ? 2 : 1);
+    const int bytes = fp32 ? 4 : 2;
+    const auto type = fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const auto code = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    const long w_rows = static_cast<long>(experts) * columns;
     const bool by_tma = static_cast<long>(columns) * bytes % 16 == 0 && reinterpret_cast<uint64_t>(out) % 16 == 0;
     CUtensorMap maps[3];
-    if (!describe(encode, &maps[0], CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, x, rows, k, mode == SHARE_ROWS ? 64 : 128) ||
-        !describe(encode, &maps[1], CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w, matrix_rows, k, 128))
+    if (!describe(encode, &maps[0], code, 1, x, rows, k, mode == SHARE_ROWS ? ROWS / 2 : ROWS) ||
+        !describe(encode, &maps[1], code, 1, w, w_rows, k, mode == SHARE_MATRIX ? COLUMNS / 2 : COLUMNS))
         return cudaErrorInvalidValue;
     maps[2] = maps[0];
     if (by_tma && !describe(encode, &maps[2], type, bytes, out, rows, columns, 64)) return cudaErrorInvalidValue;
-    const Arguments arguments{x_scales, w_scales, x_scale_stride, out,     out_scales, out_scale_stride,
-                              {start, count, experts}, rows,      columns, k,          group, by_tma};
+    const Arguments arguments{x_scales, w_scales, x_scale_stride,          out,
+                              {start, count, experts}, rows, columns, k, group, by_tma};
     int current = 0;
     cudaError_t status = cudaGetDevice(&current);
     if (status == cudaSuccess && current != device) status = cudaSetDevice(device);
     if (status != cudaSuccess) return status;
     const Mode chosen = static_cast<Mode>(mode);
-    status = kind == BF16   ? launch<BF16>(chosen, maps, arguments, device, stream)
-             : kind == FP32 ? launch<FP32>(chosen, maps, arguments, device, stream)
-                            : launch<SWIGLU>(chosen, maps, arguments, device, stream);
+    status = fp32 ? launch<FP32>(chosen, maps, arguments, device, stream)
+                  : launch<BF16>(chosen, maps, arguments, device, stream);
     if (current != device) cudaSetDevice(current);
     return status;
 }

@@ -85,10 +85,10 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* map, int column, i
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
                  "r"(row), "r"(from)
                  : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until at most N of this thread's groups of stores still read shared memory.
+// Until at most N of this thread's stores still read shared memory.
 template <int N>
 __device__ __forceinline__ void stores_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");

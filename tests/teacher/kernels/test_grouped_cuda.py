@@ -1,4 +1,4 @@
-"""The grouped products in CUDA: the source compiles for Hopper without spills; on a GPU tiles by the hundred are right,
+"""The grouped product in CUDA: the source compiles for Hopper without spills; on a GPU tiles by the hundred are right,
 captured in a graph too; where there is no compiler Gluon is taken, and said."""
 
 import logging
@@ -10,18 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from teacher.fp8 import ACTIVATION_BLOCK, FP8, dequantize
 from teacher.kernels import grouped_gemm as products
 from teacher.kernels import grouped_gemm_cuda
 from teacher.kernels.cuda import build
-from teacher.kernels.grouped_gemm import (
-    grouped_gemm,
-    grouped_gemm_reference,
-    grouped_swiglu,
-    grouped_swiglu_reference,
-)
+from teacher.kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference, grouped_swiglu
 from teacher.kernels.grouped_gemm_cuda import SHARED
-from teacher.kernels.operands import Fp8
 from teacher.kernels.tuning import Tile
 from tests.teacher.kernels.grouped import member_rows, operands, quantized, relative
 
@@ -32,6 +25,7 @@ MANY = [
     ([4096, 1000], None, 4096, 256),
     ([130, 0, 1, 127, 128, 129, 257, 70] * 9, None, 1320, 272),
     ([300, 0, 3, 200], [0, 320, 640, 960], 577, 128),
+    ([640, 4000], None, 7168, 2048),
 ]
 
 
@@ -46,20 +40,20 @@ def test_compiles_for_hopper_without_spills(tmp_path):
     )
     said = done.stderr + done.stdout
     functions = said.count("bytes spill stores")
-    assert functions >= 9 and said.count(" 0 bytes spill stores, 0 bytes spill loads") == functions, said
+    assert functions >= 6 and said.count(" 0 bytes spill stores, 0 bytes spill loads") == functions, said
     assert "C75" not in said  # products made one after the other, setmaxnreg not taken
 
 
-def case(counts, starts, n, k, halves=1):
+def case(counts, starts, n, k):
     rows = None if starts is None else starts[-1] + counts[-1] + 20
     x, w, groups = operands(counts, n, k, "cuda", starts, rows)
-    return *quantized(x, w, halves), groups
+    return *quantized(x, w), groups
 
 
 @GPU
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("many", MANY, ids=("rows", "experts", "ragged"))
+@pytest.mark.parametrize("many", MANY, ids=("rows", "experts", "ragged", "long"))
 def test_many_tiles(many, dtype, shared):
     x8, w8, groups = case(*many)
     expected, members = grouped_gemm_reference(x8, w8, groups), member_rows(groups)
@@ -74,30 +68,16 @@ def test_many_tiles(many, dtype, shared):
 
 
 @GPU
-@pytest.mark.parametrize("shared", SHARED)
-@pytest.mark.parametrize("many", MANY, ids=("rows", "experts", "ragged"))
-def test_many_tiles_of_swiglu_by_graph(many, shared):
-    counts, starts, inner, k = many
-    x8, w8, groups = case(counts, starts, 2 * inner, k, halves=2)
-    expected, members = grouped_swiglu_reference(x8, w8, groups), member_rows(groups)
-    rows = len(x8.values)
-    values = torch.full((rows, inner), 0x7F, dtype=torch.uint8, device="cuda").view(FP8)
-    scales = torch.full((-(-inner // 128), rows), float("nan"), device="cuda").t()
-    tile = Tile(128, 128, 2, cuda=shared)
-    grouped_swiglu(x8, w8, groups, tile=tile)
-    torch.cuda.synchronize()
+def test_is_the_same_from_a_graph():
+    x8, w8, groups = case([300, 0, 77], None, 512, 640)
+    tile = Tile(128, 128, 2, cuda="rows")
+    expected = grouped_gemm(x8, w8, groups, tile=tile)
+    found = torch.full_like(expected, float("nan"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = grouped_swiglu(x8, w8, groups, Fp8(values, scales), tile)
+        grouped_gemm(x8, w8, groups, found, tile)
     graph.replay()
-    torch.testing.assert_close(found.scales[members], expected.scales[members], rtol=2.5e-2, atol=0)
-    back, wanted = (
-        dequantize(values, scales.contiguous(), torch.float32, ACTIVATION_BLOCK) for values, scales in (found, expected)
-    )
-    assert relative(back[members], wanted[members]) < 1e-3
-    others = torch.ones(rows, dtype=torch.bool, device="cuda")
-    others[members] = False
-    assert (found.values.view(torch.uint8)[others] == 0x7F).all() and found.scales[others].isnan().all()
+    assert torch.equal(found, expected)
 
 
 def test_without_a_compiler_gluon_is_taken_and_said(monkeypatch, caplog):
@@ -118,5 +98,8 @@ def test_without_a_compiler_gluon_is_taken_and_said(monkeypatch, caplog):
 def test_a_tile_that_asks_for_it_is_refused_without_it(monkeypatch, device):
     monkeypatch.setattr(grouped_gemm_cuda, "missing", lambda: "no nvcc")
     x, w, groups = operands([4, 4], 256, 256, device)
+    tile = Tile(128, 128, 2, cuda="matrix")
     with pytest.raises(ValueError, match="there is no kernel in CUDA here: no nvcc"):
-        grouped_gemm(*quantized(x, w), groups, tile=Tile(128, 128, 2, cuda="matrix"))
+        grouped_gemm(*quantized(x, w), groups, tile=tile)
+    with pytest.raises(ValueError, match=r"for SwiGLU taken: .* no cuda"):
+        grouped_swiglu(*quantized(x, w, halves=2), groups, tile=tile)

@@ -48,7 +48,7 @@ def test_equals_the_dequantised_product(case, tile, device):
     assert relative(found, truth) <= 1.5 * floor
 
 
-@pytest.mark.parametrize("tile", [tile for tile in TILES if tile.columns == 128], ids=str)
+@pytest.mark.parametrize("tile", [tile for tile in TILES if tile.columns == 128 and not tile.cuda], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_swiglu_equals_the_dequantised_products(case, tile, device):
     counts, inner, k = case
