@@ -57,7 +57,7 @@ def grouped(x: Fp8, w: Fp8, groups: Groups) -> Iterator[Peer]:
 
 
 def dense(x: Fp8, w: Fp8) -> Iterator[Peer]:
-    """Torch's FP8 products of one matrix, as the rate that a library reaches on this GPU: `w` holds one."""
+    """FP8 products of one matrix, as the rate that a library reaches on this GPU: `w` holds one."""
     values = w.values[0].t()
     one_x, one_w = torch.ones(len(x.values), 1, device="cuda"), torch.ones(1, values.shape[1], device="cuda")
     for fast in (True, False):
@@ -71,6 +71,14 @@ def dense(x: Fp8, w: Fp8) -> Iterator[Peer]:
         "torch._scaled_mm 1x128, 128x128",
         lambda: torch._scaled_mm(x.values, values, x.scales, w.scales[0].t(), out_dtype=torch.bfloat16),
     )
+    if importlib.util.find_spec("flashinfer"):
+        from flashinfer.gemm import fp8_blockscale_gemm_sm90
+
+        scale_x, out = x.scales.t().contiguous().view(x.scales.shape), torch.empty(len(x.values), values.shape[1], device="cuda").bfloat16()
+        yield (
+            "FlashInfer (DeepGEMM of TensorRT-LLM) 1x128, 128x128",
+            lambda: fp8_blockscale_gemm_sm90(x.values, w.values[0], scale_x, w.scales[0], out),
+        )
 
 
 def layer(
