@@ -273,7 +273,8 @@ def main() -> None:
     sheet = next((rate for key, rate in DATASHEET.items() if key in name), None)
     rate = bf16_rate() if args.device == "cuda" else float("nan")
     print(f"{name}, torch {torch.__version__}; bf16 product {rate / 1e12:.0f} TFLOP/s")
-    facts = {"about": about(args.commit)} if args.device == "cuda" else {}
+    facts: dict[str, Any] = {"about": about(args.commit)} if args.device == "cuda" else {"about": {}}
+    facts["about"].pop("command", None)
     facts |= {"command": " ".join(["python -m tests.bench.sft_gpu", *args.runs, "--steps", str(args.steps)])}
     facts |= {"versions": {name: installed(name) for name in ("transformers", *args.versions)}}
     found = []

@@ -67,6 +67,7 @@ def trl(side: str, model: Any, tokens: int, steps: int) -> tuple[list[float], li
             use_cpu=not cuda, gradient_checkpointing=False, packing=False, padding_free=True, max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True}, use_liger_kernel=cuda, optim="adamw_torch_fused",
             logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, shuffle_dataset=False,
+            train_sampling_strategy="sequential",
         )  # fmt: skip
         trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tiny.tokenizer(),
                              callbacks=[Watch()])  # fmt: skip
