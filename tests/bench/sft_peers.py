@@ -2,8 +2,8 @@
 
 trl       SFTTrainer, padding-free on the very rows that ours trains on, bfloat16 autocast over float32 weights as
           ours, Liger's kernels in the layers (`use_liger_kernel`), TRL's own chunked head and loss (its trainer
-          takes no other). Attention is torch's variable-length flash attention 2, through our registration: the
-          kernels that the flash-attn package brings, which TRL asks for. No activations are made anew.
+          takes no other). Attention is ours, as TRL asks for the flash-attn package: cuDNN's where that is installed,
+          else torch's flash attention 2. No activations are made anew.
 trl-flex, trl-sdpa   the same with transformers' flex attention, and with its masked one
 liger     transformers in the plain loop of sft_gpu, padded, with all of Liger's kernels, its fused loss among them
 """
