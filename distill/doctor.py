@@ -139,16 +139,6 @@ def kernels_state(machine: Machine) -> str:
     return "ready" if missing is None else f"not used, torch instead: {missing}"
 
 
-def cuda_kernels_state(machine: Machine) -> str:
-    """Whether kernels in CUDA can be had, for which a compiler is needed, or Triton's stand in for them, and why."""
-    if kernels_state(machine) != "ready":
-        return "not used: see the line above"
-    from teacher.kernels.grouped_gemm_cuda import missing
-
-    reason = missing()
-    return "ready" if reason is None else f"not used, Triton instead: {reason}"
-
-
 def sandbox_state() -> str:
     """What shuts in the programs that models write, tried out with an empty one."""
     from evals.grading.sandbox import NoIsolation, choose
@@ -196,7 +186,6 @@ def _engine_table(machine: Machine) -> Table:
     table.add_row("vLLM", vllm_found() or "not installed")
     table.add_row("triton", installed_version("triton") or "not installed")
     table.add_row("kernels in Triton", escape(kernels_state(machine)))
-    table.add_row("kernels in CUDA", escape(cuda_kernels_state(machine)))
     table.add_row("sandbox for programs", escape(sandbox_state()))
     return table
 

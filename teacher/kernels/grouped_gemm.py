@@ -28,10 +28,6 @@ Shapes: R rows, E experts, N and K columns of output and input, I = N / 2 for Sw
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import logging
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -44,8 +40,6 @@ from teacher.kernels.arguments import INTERPRETED, multiprocessors, same_device,
 from teacher.kernels.operands import Fp8, Groups
 from teacher.kernels.quantize import block_scale, encode, magnitude
 from teacher.kernels.tuning import Tile, tile_for
-
-_log = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -136,7 +130,7 @@ def grouped_gemm(x: Fp8, w: Fp8, groups: Groups, out_RN: Tensor | None = None, t
     take("out_RN", out_RN, (torch.bfloat16, torch.float32), (2,), contiguous=True)
     if list(out_RN.shape) != [rows, n]:
         raise ValueError(f"out_RN has shape {list(out_RN.shape)}; taken: {[rows, n]}")
-    _launch(x, w, groups, out_RN, None, n, tile or _tile("gemm", n, k, rows, experts, out_RN.device))
+    _launch(x, w, groups, out_RN, None, n, tile or tile_for("gemm", n, k, rows, experts, out_RN.device))
     return out_RN
 
 
@@ -154,11 +148,9 @@ def grouped_swiglu(x: Fp8, w: Fp8, groups: Groups, out: Fp8 | None = None, tile:
     if list(out.values.shape) != [rows, n]:
         raise ValueError(f"out.values has shape {list(out.values.shape)}; taken: {[rows, n]}")
     _check_row_scales("out.scales", out.scales, rows, n)
-    chosen = tile or _tile("swiglu", n, k, rows, experts, out.values.device)
-    if chosen.columns != 128 or chosen.halves != 2 or chosen.cuda:
-        raise ValueError(
-            f"tile is {chosen}; for SwiGLU taken: columns 128 (a block of scales), halves 2 (gate, up), no cuda"
-        )
+    chosen = tile or tile_for("swiglu", n, k, rows, experts, out.values.device)
+    if chosen.columns != 128 or chosen.halves != 2:
+        raise ValueError(f"tile is {chosen}; for SwiGLU taken: columns 128 (a block of scales) and halves 2 (gate, up)")
     _launch(x, w, groups, out.values, out.scales, n, chosen)
     return out
 
@@ -221,22 +213,6 @@ def _check_row_scales(name: str, scales: Tensor, rows: int, columns: int) -> Non
         raise ValueError(f"{name} has strides {list(scales.stride())}; taken: stride 1 along the rows")
 
 
-def _tile(kind: str, n: int, k: int, rows: int, experts: int, device: torch.device) -> Tile:
-    """The measured tile; in Gluon where the kernel in CUDA that it names cannot be built."""
-    tile = tile_for(kind, n, k, rows, experts, device)
-    return dataclasses.replace(tile, cuda="") if tile.cuda and not _cuda() else tile
-
-
-@functools.cache
-def _cuda() -> bool:
-    """Whether there is the kernel in CUDA; the log says once if not, and why."""
-    from teacher.kernels.grouped_gemm_cuda import missing
-
-    if (reason := missing()) is not None:
-        _log.warning("FP8 products of many rows: in Gluon, not in CUDA (%s)", reason)
-    return reason is None
-
-
 def _launch(x: Fp8, w: Fp8, groups: Groups, out: Tensor, out_scales: Tensor | None, n: int, tile: Tile) -> None:
     rows, k = x.values.shape
     if tile.columns not in (64, 128) or tile.halves not in (1, 2):
@@ -245,11 +221,6 @@ def _launch(x: Fp8, w: Fp8, groups: Groups, out: Tensor, out_scales: Tensor | No
         return
     experts = w.values.shape[0]
     programs = multiprocessors(out.device) * tile.resident
-    if tile.cuda:
-        from teacher.kernels import grouped_gemm_cuda
-
-        grouped_gemm_cuda.launch(x, w, groups, out, tile)
-        return
     if tile.specialize:
         from teacher.kernels import grouped_gemm_hopper
 

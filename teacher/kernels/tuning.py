@@ -31,7 +31,6 @@ class Tile:
     warps: int = 8
     stages: int = 3
     specialize: bool = False  # the kernel of grouped_gemm_hopper: 128 x (2 * 128), 4 warps a group
-    cuda: str = ""  # the kernel of grouped_gemm_cuda, and what two of its blocks share; its tiles are its own
 
 
 def tile_for(kind: str, n: int, k: int, rows: int, experts: int, device: torch.device) -> Tile:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from teacher.kernels.grouped_gemm import grouped_gemm, grouped_swiglu
-from teacher.kernels.grouped_gemm_cuda import SHARED, missing
 from teacher.kernels.operands import Fp8, Groups
 from teacher.kernels.tuning import Tile, save
 from tests.bench.kernels import about
@@ -61,8 +60,6 @@ def candidates(kind: str, average: float) -> Iterator[Tile]:
     if average > 32:
         for group in (8, 16):
             yield Tile(128, 128, 2, group=group, stages=4, specialize=True)
-            for shared in SHARED if kind == "gemm" and missing() is None else ():
-                yield Tile(128, 128, 2, group=group, stages=4, specialize=True, cuda=shared)
     if average > 256:
         yield Tile(128, 128, 2, group=8, stages=4)
 
