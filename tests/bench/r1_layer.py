@@ -266,9 +266,8 @@ def predict(
     if any(us.get(name) is None for name in ("moe layer", "dense layer", "experts")):
         return None
     head = 2 * 129280 * config.hidden_size / GPUS / ceilings.copy_bytes * 1e6
-    moe = us["moe layer"] - us["experts"] + us["experts, one GPU's share of 8"]
-    if "shared" not in us:  # it is in what was taken away
-        moe += us["shared alone"]
+    # The parts by themselves: the layer minus its experts would hold the spread of both.
+    moe = sum(us[part] for part in ("attention", "norms", "router", "shared alone", "experts, one GPU's share of 8"))
     step = 3 * us["dense layer"] + 58 * moe + head
     return {
         "moe_layer_us": round(moe, 1),
