@@ -74,7 +74,8 @@ def dense(x: Fp8, w: Fp8) -> Iterator[Peer]:
     if importlib.util.find_spec("flashinfer"):
         from flashinfer.gemm import fp8_blockscale_gemm_sm90
 
-        scale_x, out = x.scales.t().contiguous().view(x.scales.shape), torch.empty(len(x.values), values.shape[1], device="cuda").bfloat16()
+        scale_x = x.scales.t().contiguous().view(x.scales.shape)  # column by column, in the shape that is asked for
+        out = torch.empty(len(x.values), values.shape[1], dtype=torch.bfloat16, device="cuda")
         yield (
             "FlashInfer (DeepGEMM of TensorRT-LLM) 1x128, 128x128",
             lambda: fp8_blockscale_gemm_sm90(x.values, w.values[0], scale_x, w.scales[0], out),
