@@ -139,6 +139,16 @@ def kernels_state(machine: Machine) -> str:
     return "ready" if missing is None else f"not used, torch instead: {missing}"
 
 
+def cuda_state(machine: Machine) -> str:
+    """Whether what exists in CUDA beside Triton is compiled on this machine."""
+    if kernels_state(machine) != "ready":
+        return "not used: see the line above"
+    from teacher.kernels.cuda.build import nvcc, obstacle
+
+    missing = obstacle()
+    return f"ready, compiled by {nvcc()}" if missing is None else f"not used, Triton's instead: {missing}"
+
+
 def sandbox_state() -> str:
     """What shuts in the programs that models write, tried out with an empty one."""
     from evals.grading.sandbox import NoIsolation, choose
@@ -186,6 +196,8 @@ def _engine_table(machine: Machine) -> Table:
     table.add_row("vLLM", vllm_found() or "not installed")
     table.add_row("triton", installed_version("triton") or "not installed")
     table.add_row("kernels in Triton", escape(kernels_state(machine)))
+    table.add_row("kernels in CUDA", escape(cuda_state(machine)))
+    table.add_row("cuDNN's attention", installed_version("nvidia-cudnn-frontend") or "not installed (the extra gpu)")
     table.add_row("sandbox for programs", escape(sandbox_state()))
     return table
 

@@ -4,8 +4,8 @@
 
 Needs torch, triton and a Hopper GPU, nothing else; peers that can be imported (FlashInfer, DeepGEMM, vLLM) get rows of
 their own. The L2 is flushed before every repetition, inputs are random and alternate between sets, times are medians
-with quartiles. Under 8 minutes, --quick under 2. A part (experts, mla) of which a check fails is not timed, and the exit
-status is 1; the checks' inputs follow from --seed.
+with quartiles. Under 8 minutes, --quick under 2. A part (experts, mla) of which a check fails is not timed, and the
+exit status is 1; the checks' inputs follow from --seed.
 """
 
 from __future__ import annotations

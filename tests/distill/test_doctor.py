@@ -78,6 +78,16 @@ def test_it_says_whether_the_engine_runs_in_c(monkeypatch):
     assert doctor.embedded_state(Machine(2, None, GIB, None, [])) == "torch does not load"
 
 
+def test_it_says_whether_kernels_in_cuda_are_compiled(monkeypatch):
+    hopper = Machine(16, 128 * GIB, 99 * GIB, 16, [H100])
+    assert doctor.cuda_state(Machine(2, None, GIB, 2, [])) == "not used: see the line above"
+    monkeypatch.setattr(doctor, "kernels_state", lambda machine: "ready")
+    monkeypatch.setattr("teacher.kernels.cuda.build.nvcc", lambda: "/opt/bin/nvcc")
+    assert doctor.cuda_state(hopper) == "ready, compiled by /opt/bin/nvcc"
+    monkeypatch.setenv("DISTILL_CUDA", "0")
+    assert doctor.cuda_state(hopper) == "not used, Triton's instead: DISTILL_CUDA is 0"
+
+
 def test_vllm_in_an_environment_of_its_own_is_found(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("distill.serving.interpreter._BUILT", Path("made/bin/python"))

@@ -29,15 +29,22 @@ _SECONDS = 600  # a compiler that takes longer hangs
 @functools.cache
 def library(name: str) -> ctypes.CDLL | str:
     """The library of `name`.cu, or in a sentence why there is none."""
-    if os.environ.get("DISTILL_CUDA") == "0":
-        return "DISTILL_CUDA is 0"
+    missing = obstacle()
+    if missing is not None:
+        return missing
     compiler = nvcc()
-    if compiler is None:
-        return "no nvcc (CUDA's compiler) on the PATH or in CUDA_HOME"
+    assert compiler is not None
     try:
         return _load_or_make(compiler, name, cache_folder())
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
+
+
+def obstacle() -> str | None:
+    """Why nothing can be compiled here, or None; compiles nothing."""
+    if os.environ.get("DISTILL_CUDA") == "0":
+        return "DISTILL_CUDA is 0"
+    return "no nvcc (CUDA's compiler) on the PATH or in CUDA_HOME" if nvcc() is None else None
 
 
 def nvcc() -> str | None:
