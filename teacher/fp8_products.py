@@ -81,11 +81,6 @@ def product(x_NK: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tensor:
     return F.linear(x_NK.dequantized(), w_OK.dequantized()).to(dtype)
 
 
-def input_product(dy_NO: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tensor:
-    """dy w, (N, K)."""
-    return (dy_NO.dequantized() @ w_OK.dequantized()).to(dtype)
-
-
 def weight_product(dy_NO: Quantized, x_NK: Quantized) -> Tensor:
     """dy^T x, (O, K) fp32, of operands in tiles along tokens."""
     return dy_NO.dequantized().mT @ x_NK.dequantized()
@@ -94,11 +89,6 @@ def weight_product(dy_NO: Quantized, x_NK: Quantized) -> Tensor:
 def grouped_product(x_RK: Quantized, w_EOK: Quantized, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     """Each expert's rows times its own matrix, (R, O); `ends_E` int32, the end of each expert's rows."""
     return F.grouped_mm(x_RK.dequantized(), w_EOK.dequantized().mT, offs=ends_E).to(dtype)
-
-
-def grouped_input_product(dy_RO: Quantized, w_EOK: Quantized, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """dy w of each expert, (R, K)."""
-    return F.grouped_mm(dy_RO.dequantized(), w_EOK.dequantized(), offs=ends_E).to(dtype)
 
 
 def grouped_weight_product(dy_RO: Quantized, x_RK: Quantized, ends_E: Tensor) -> Tensor:

@@ -63,11 +63,6 @@ def product(x_NK: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tensor:
     return _product(x_NK, w_OK.values[None], w_OK.scale[None], groups, dtype)
 
 
-def input_product(dy_NO: Quantized, w_OK: Quantized, dtype: torch.dtype) -> Tensor:
-    groups = _parts(len(dy_NO.values), len(dy_NO.values), dy_NO.values.device)
-    return _product(dy_NO, w_OK.values.mT.contiguous()[None], w_OK.scale.mT.contiguous()[None], groups, dtype)
-
-
 def weight_product(dy_NO: Quantized, x_NK: Quantized) -> Tensor:
     """In parts of the tokens, as many as keep the chip busy, as if they were experts; then their sum."""
     (outputs, tokens), inputs = dy_NO.values.shape, x_NK.values.shape[0]
@@ -80,10 +75,6 @@ def weight_product(dy_NO: Quantized, x_NK: Quantized) -> Tensor:
 
 def grouped_product(x_RK: Quantized, w_EOK: Quantized, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     return _product(x_RK, w_EOK.values, w_EOK.scale, _groups(ends_E), dtype)
-
-
-def grouped_input_product(dy_RO: Quantized, w_EOK: Quantized, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    return _product(dy_RO, w_EOK.values.mT.contiguous(), w_EOK.scale.mT.contiguous(), _groups(ends_E), dtype)
 
 
 def grouped_weight_product(dy_RO: Quantized, x_RK: Quantized, ends_E: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from teacher import fp8_products as emulated
-from teacher.fp8 import FP8
+from teacher.fp8 import FP8, WEIGHT_BLOCK
+from teacher.fp8_products import Quantized
 from teacher.kernels import products as kernels
 from teacher.kernels.operands import Fp8, Groups
 from teacher.kernels.weight_gemm import grouped_weight_gemm
@@ -30,10 +31,14 @@ def test_the_three_products_of_a_linear_layer(rows, inner, outer, device):
         assert relative(ours, theirs) < 1e-3
 
 
+def turned_by_hand(w):
+    return Quantized(w.values.mT.contiguous(), w.scale.mT.contiguous(), WEIGHT_BLOCK)
+
+
 def linear(products, x, w, dy):
     x8, w8 = products.along_columns(x), products.weight(w)
     dw = products.weight_product(products.along_tokens(dy), products.again_along_tokens(x8))
-    dx = products.input_product(products.along_columns(dy), w8, torch.float32)
+    dx = products.product(products.along_columns(dy), turned_by_hand(w8), torch.float32)
     (across, along), (w8_again, turned) = products.both_ways(dy), products.weight_both(w)
     assert relative(products.product(across, turned, torch.float32), dx) < 1e-6
     assert torch.equal(products.weight_product(along, products.again_along_tokens(x8)), dw)
@@ -51,7 +56,9 @@ def test_the_three_products_of_experts(counts, device):
     for products in (kernels, emulated):
         x8, w8 = products.along_columns(x), products.weight(w)
         dw = products.grouped_weight_product(products.along_tokens(dy), products.again_along_tokens(x8), ends_E)
-        dx = products.grouped_input_product(products.along_columns(dy), w8, ends_E, torch.float32)
+        dx = products.grouped_product(products.along_columns(dy), turned_by_hand(w8), ends_E, torch.float32)
+        turned = products.weight_both(w)[1]
+        assert relative(products.grouped_product(products.both_ways(dy)[0], turned, ends_E, torch.float32), dx) < 1e-6
         results.append((products.grouped_product(x8, w8, ends_E, torch.float32), dx, dw))
     for ours, theirs in zip(*results, strict=True):
         assert relative(ours, theirs) < 1e-3
