@@ -69,7 +69,7 @@ def checks(bench: Bench) -> Iterator[Check]:
         ([1000, 0, 37, 1], [0, 1024, 2048, 3072]),
     ):
         yield from _products(counts, starts)
-    for calls, tokens, experts in ((32, 1, 16), (1, 77, 16), (1, 1500, 8)):
+    for calls, tokens, experts in ((1, 1, 16), (32, 1, 16), (1, 77, 16), (1, 1500, 8)):
         gate_up, down = stack(experts + 1, *GATE_UP), stack(experts + 1, *DOWN)
         x = torch.randn(calls * tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
         indices, weights = routing(calls * tokens, experts, 4)
@@ -81,7 +81,7 @@ def checks(bench: Bench) -> Iterator[Check]:
         )
         expected = expert_layer_reference(x, indices, weights, gate_up, down, shared=True)
         # Hidden values between two codes of e4m3 are decided by the last bits of the first product: a step of 6% each.
-        # One token alone has so few of them that chance decides: many calls are held to the bound together.
+        # One token alone has so few of them that chance may decide: 32 calls together say whether it did.
         name = f"expert layer, {tokens} tokens" + (f", {calls} calls" if calls > 1 else "")
         yield Check(name, relative(found, expected.bfloat16()), 5e-3)
 
