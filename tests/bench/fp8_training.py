@@ -12,7 +12,8 @@ bf16 and in FP8 with bf16 averages, and compares, FP8 against bf16 of the same s
   held out   loss of the final weights, computed in bf16 on both sides, on 256,000 tokens that no run saw
 
 DeepSeek-V3 (section 3.3) reports less than 0.25%. `--again` adds what the comparison cannot see below: each bf16 run
-once more from weights that differ by a millionth. `--mid` is a mixture of experts of some 150M parameters on the text
+once more from weights that differ by a millionth. `--separate` adds what FP8 training is made of, each by itself: `products`
+in FP8 with float32 averages, and `moments`, bf16 with bf16 averages. `--mid` is a mixture of experts of some 150M parameters on the text
 of Python's own library and packages, as bytes.
 
 On a CPU each run is a process, `--jobs` at a time. On a GPU, where a small model's kernels leave most of the device
@@ -68,8 +69,7 @@ def train_one(args: argparse.Namespace, kind: str, seed: int) -> None:
     example = LibraryText(seed) if args.mid else Stored(args.data, seed)
     training = {**example.about["training"], "checkpoint_every": 10**6, "eval_every": 0, "log_every": 20}
     training |= {"print_every": 500, "total_tokens": args.tokens}
-    if kind == "fp8":
-        training |= {"fp8": True, "moments": "bfloat16"}
+    training |= {"fp8": kind in ("fp8", "products"), "moments": "bfloat16" if kind in ("fp8", "moments") else "float32"}
     if args.device == "cuda":
         training |= {"micro_tokens": training["tokens_per_step"]}
     known = {field.name for field in dataclasses.fields(TrainSettings)}
@@ -82,7 +82,7 @@ def train_one(args: argparse.Namespace, kind: str, seed: int) -> None:
             for parameter in model.parameters():
                 parameter.mul_(1 + 1e-6)
     out = args.out / f"{kind}-{seed}"
-    if kind == "fp8" and args.jobs > 1:
+    if training["fp8"] and args.jobs > 1:
         wait_for_others(args)
     with torch.cuda.stream(torch.cuda.Stream()) if args.device == "cuda" else nullcontext():
         model.to(args.device)
@@ -96,7 +96,8 @@ def train_one(args: argparse.Namespace, kind: str, seed: int) -> None:
 
 def wait_for_others(args: argparse.Namespace) -> None:
     """Until the runs in bf16 are on their way: the first step in FP8 compiles kernels, and nobody records meanwhile."""
-    logs = [args.out / run.replace(":", "-") / "training_log.jsonl" for run in args.runs.split(",") if "fp8" not in run]
+    plain = [run for run in args.runs.split(",") if not run.startswith(("fp8", "products"))]
+    logs = [args.out / run.replace(":", "-") / "training_log.jsonl" for run in plain]
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and not all(log.exists() and log.stat().st_size for log in logs):
         time.sleep(0.1)
@@ -126,7 +127,7 @@ def held_out_loss(model: Any, example: Any, seq_len: int) -> float:
 
 def run(args: argparse.Namespace) -> None:
     """All runs, then the comparison of the steps that all reached."""
-    kinds = ["bf16", "fp8"] + (["again"] if args.again else [])
+    kinds = ["bf16", "fp8"] + (["products", "moments"] if args.separate else []) + (["again"] if args.again else [])
     wanted = [(kind, seed) for seed in range(args.seeds) for kind in kinds]
     if args.jobs > 1:  # those that compile nothing are on their way first
         wanted.sort(key=lambda run: kinds.index(run[0]))
@@ -252,6 +253,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/fp8-training"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--again", action="store_true", help="bf16 once more, from weights a millionth off")
+    parser.add_argument("--separate", action="store_true", help="FP8's products and bf16's averages by themselves too")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=1e6, help="all runs are stopped then, and compared so far")
     parser.add_argument("--device", default="cpu")
