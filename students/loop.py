@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.checkpoints import Progress, TrainingLog, latest_checkpoint, save_checkpoint
+from students.clipping import clip
 from students.compiled import compilation, compile_layers, recompute_layers
 from students.ema import Ema
 from students.loss import large_head, summed_cross_entropy, without_head
@@ -116,9 +117,7 @@ def train(
     with contextlib.closing(training_log):
         while step is not None:
             summed = _forward_backward(accelerator, model, forward, step, settings.dtype)
-            norm_ = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
-            if hasattr(norm_, "full_tensor"):  # of shards
-                norm_ = norm_.full_tensor()
+            norm_ = clip(accelerator, model, optimizer, settings.grad_clip)
             figures = _read(torch.stack([summed, norm_.to(summed)]))
             rate = scheduler.get_last_lr()[0]
             optimizer.step()
