@@ -29,7 +29,7 @@ from teacher.muon import MuonAdamW
 from teacher.objective import Counts, Objective, Part, trained
 from teacher.prefetch import Prefetch
 from teacher.schedule import learning_rate_factor
-from teacher.train_graph import StepRecorder, obstacle
+from teacher.train_graph import StepInputs, StepRecorder, obstacle
 from teacher.train_log import TrainingLog
 from teacher.train_settings import TrainSettings
 
@@ -169,8 +169,12 @@ class _Run:
         self.model.train()
         if self.recorder is not None:
             figures = self.recorder.step(objective, batch, rate)
-        else:
-            figures = self._update(objective, [micro.to(self.device) for micro in batch.micro], batch, rate)
+        elif self.device.type == "cpu":
+            figures = self._update(objective, batch.micro, batch, rate)
+        else:  # from where a recording reads them: the same arithmetic
+            inputs = StepInputs(batch, self.device)
+            inputs.take(batch, rate)
+            figures = self._update(objective, inputs.micro, inputs.counts, inputs.rate)
         at.step, at.tokens, at.cursor = at.step + 1, at.tokens + batch.tokens, batch.cursor
         if self.average is not None:
             # Early on the average forgets faster: it would be made of the initial weights.

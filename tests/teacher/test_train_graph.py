@@ -157,13 +157,10 @@ def test_recorded_steps_are_the_steps(changes: dict, tmp_path: Path, capsys) -> 
         models.append(gpu_model())
         train(models[-1], train_toy.example, gpu_settings(graphs=graphs, **changes), tmp_path / str(graphs))
     assert "not recorded" not in capsys.readouterr().out
-    recorded, eager = (curve(tmp_path / str(graphs)) for graphs in (True, False))
-    assert len(recorded) == len(eager) >= 18
-    # Two eager runs differ as much: some sums on a GPU have no fixed order, and bf16 makes steps of their differences.
-    assert float((recorded / eager).log()[:8].abs().max()) < 0.01
-    assert float((recorded / eager).log().abs().max()) < 0.1
-    norms = [curve(tmp_path / str(graphs), "grad_norm")[:4] for graphs in (True, False)]
-    torch.testing.assert_close(norms[0], norms[1], rtol=0.02, atol=0)
+    for name in ("loss", "grad_norm"):
+        recorded, eager = (curve(tmp_path / str(graphs), name) for graphs in (True, False))
+        assert len(recorded) == len(eager) >= 18
+        assert torch.equal(recorded, eager), (name, (recorded / eager).log())
 
 
 @on_gpu
