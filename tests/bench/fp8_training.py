@@ -12,9 +12,10 @@ bf16 and in FP8 with bf16 averages, and compares, FP8 against bf16 of the same s
   held out   loss of the final weights, computed in bf16 on both sides, on 256,000 tokens that no run saw
 
 DeepSeek-V3 (section 3.3) reports less than 0.25%. `--again` adds what the comparison cannot see below: each bf16 run
-once more from weights that differ by a millionth. `--separate` adds what FP8 training is made of, each by itself: `products`
-in FP8 with float32 averages, and `moments`, bf16 with bf16 averages. `--mid` is a mixture of experts of some 150M parameters on the text
-of Python's own library and packages, as bytes.
+once more from weights that differ by a millionth. `--separate` adds what FP8 training is made of, each by itself:
+`products` in FP8 with float32 averages, and `moments`, bf16 with bf16 averages. `--mid` is a mixture of experts of some
+150M parameters on the text of Python's own library and packages, as bytes; its rate falls to zero over the last 30% of
+`--tokens`, without which the last steps' noise is larger than what is looked for.
 
 On a CPU each run is a process, `--jobs` at a time. On a GPU, where a small model's kernels leave most of the device
 idle, `--jobs` runs share it as streams of one process. What is killed, or stopped after `--minutes`, is compared as

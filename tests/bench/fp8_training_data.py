@@ -20,7 +20,8 @@ MID = {
 }  # fmt: skip
 MID_TRAINING = {
     "tokens_per_step": 32768, "micro_tokens": 32768, "seq_len": 1024, "bf16": True, "optimizer": "adamw",
-    "learning_rate": 6e-4, "schedule": "constant", "warmup_tokens": 1_000_000, "mtp_weight": 0.0,
+    "learning_rate": 6e-4, "schedule": "wsd", "decay_fraction": 0.3, "final_fraction": 0.0, "warmup_tokens": 1_000_000,
+    "mtp_weight": 0.0,
 }  # fmt: skip
 HELD_OUT = 256_000  # tokens that no run trains on
 
