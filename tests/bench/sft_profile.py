@@ -47,11 +47,15 @@ class StepProfile:
 
     def table(self, top: int = 25) -> str:
         kernels: list[Any] = [e for e in self.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
-        busy, until = 0.0, float("-inf")
-        for start, end in spans:
+        spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in kernels)
+        busy, until, last = 0.0, float("-inf"), ""
+        gaps: list[tuple[float, str, str]] = []
+        for start, end, name in spans:
             busy += max(0.0, end - max(start, until))
-            until = max(until, end)
+            if last and start > until:
+                gaps.append((start - until, last, name))
+            if end > until:
+                until, last = end, name
         time_of: Counter[str] = Counter()
         calls: Counter[str] = Counter()
         for event in kernels:
@@ -65,5 +69,9 @@ class StepProfile:
         lines += [
             f"    {spent / 1e3:8.2f} ms {calls[name]:5} x  {kind_of(name)[:12]:<12}  {name[:110]}"
             for name, spent in time_of.most_common(top)
+        ]
+        lines += [
+            f"    {gap / 1e3:8.2f} ms idle between {before[:60]} and {after[:60]}"
+            for gap, before, after in sorted(gaps)[::-1][:8]
         ]
         return "\n".join(lines)
