@@ -42,6 +42,8 @@ class Runner(Protocol):
 
     def round(self, slots: Slots, rows_B: np.ndarray, drafts: int) -> np.ndarray | None: ...
 
+    def drafts(self, hidden_BH: Tensor, slots: Slots, rows_B: np.ndarray, drafts: int) -> np.ndarray | None: ...
+
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None: ...
 
 
@@ -98,6 +100,32 @@ def decode(runner: Runner, slots: Slots, rows_B: np.ndarray, drafts: int) -> Rou
         runner, slots, rows_B[~slots.ended_S[rows_B]], _rows(hidden_NH, going_N), kept_B[~slots.ended_S[rows_B]], drafts
     )
     return Round(dict(zip(rows_B.tolist(), kept_B.tolist(), strict=True)), logprobs)
+
+
+def settle(
+    slots: Slots, rows_B: np.ndarray, waiting_B: np.ndarray, kept_B: np.ndarray, drawn_BT: np.ndarray,
+    drafted_BK: np.ndarray | None,
+) -> None:  # fmt: skip
+    """Take down a round that a runner ran in one go: of each sequence's draws the first `kept_B` are appended, and the
+    drafts behind them wait (without any the draft module has not seen the new tokens)."""
+    length_B = slots.length_S[rows_B]
+    offset_T = np.arange(drawn_BT.shape[1])
+    row_M, offset_M = np.nonzero(offset_T < kept_B[:, None])
+    slots.tokens_SW[rows_B[row_M], length_B[row_M] + offset_M] = drawn_BT[row_M, offset_M]
+    slots.length_S[rows_B] = length_B + kept_B
+    slots.cached_S[rows_B] = length_B + kept_B - 1
+    last_B = drawn_BT[np.arange(len(rows_B)), kept_B - 1]
+    stop_B = (last_B[:, None] == slots.stop_SN[rows_B]).any(1)
+    slots.ended_S[rows_B] = stop_B | (slots.length_S[rows_B] >= slots.limit_S[rows_B])
+    if drafted_BK is None:
+        slots.drafts_S[rows_B] = 0
+        slots.drafted_from_S[rows_B] = -1
+        return
+    slots.draft_counts_S[rows_B] += np.stack((waiting_B, kept_B - 1), axis=1)
+    first_B = slots.drafted_from_S[rows_B]
+    slots.drafted_from_S[rows_B] = np.where(first_B < 0, length_B - 1, first_B)
+    slots.draft_SG[rows_B, : drafted_BK.shape[1]] = drafted_BK
+    slots.drafts_S[rows_B] = drafted_BK.shape[1]
 
 
 def _decode_plainly(runner: Runner, slots: Slots, rows_B: np.ndarray) -> Round:
@@ -209,6 +237,9 @@ def go_on(
         return
     fresh_B = slots.drafted_from_S[rows_B] < 0
     slots.drafted_from_S[rows_B[fresh_B]] = (slots.cached_S[rows_B] - count_B)[fresh_B]
+    if (count_B == 1).all() and (drafted_BG := runner.drafts(hidden_NH, slots, rows_B, drafts)) is not None:
+        slots.draft_SG[rows_B, :drafts], slots.drafts_S[rows_B] = drafted_BG, drafts
+        return
     row_N = np.repeat(np.arange(len(rows_B)), count_B)
     position_N = (slots.cached_S[rows_B] - count_B)[row_N] + _offsets(count_B)
     tokens_N = slots.tokens_SW[rows_B[row_N], position_N + 1]

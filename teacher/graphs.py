@@ -1,10 +1,11 @@
 """Decoding on a GPU by CUDA graphs: a step of few tokens a sequence is launched as one, not operator by operator.
 
 A graph is recorded for each size of batch and context that comes up, both rounded up to powers of two; what is over is
-padding, which writes to a page that nobody reads. It holds the layers and the output layer; what the host has to say
-(tokens, positions, pages) goes in one copy, from pinned memory. Drawing the tokens is a graph of its own, with all that
-it needs to know in one copy from the host, and one back. Only in bf16: the grouped product of float32 asks the host for
-its sizes, which a graph cannot.
+padding, which writes to a page that nobody reads. A round of decoding is one of them, with its draws and its drafts
+(teacher/rounds.py). Where that cannot be (log-probabilities are wanted, a draw is not sure) a graph holds the layers
+and the output layer, with what the host has to say (tokens, positions, pages) in one copy from pinned memory, and
+drawing the tokens is a graph of its own, with one copy from the host and one back. Only in bf16: the grouped product of
+float32 asks the host for its sizes, which a graph cannot.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 
 from teacher.cache import LatentCache
+from teacher.decoding import settle
 from teacher.kernels.arguments import obstacle
 from teacher.model import DeepseekV3
+from teacher.rounds import Drafts, Round, Shape, draw
 from teacher.runner import Batch, TorchRunner, _index
-from teacher.sampling import Settings, sample_likely
+from teacher.sampling import CANDIDATES, Settings
 from teacher.slots import Slots
 
 _MOST_NEW = 8  # tokens a sequence; longer ones are prefill, which keeps the device busy by itself
@@ -35,6 +38,8 @@ class GraphRunner(TorchRunner):
         super().__init__(model, cache, kernels)
         self._graphs: dict[tuple[bool, int, int, int], _Graph] = {}
         self._draws: dict[int, _Draw] = {}
+        self._rounds: dict[Shape, Round] = {}
+        self._drafts: dict[Shape, Drafts] = {}
         # Logits and hidden states by kind and tokens of a recording: a draft leaves those of the model alone.
         self._results: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
         # One for all recordings: they run one after the other, and what one leaves is read before the next.
@@ -61,14 +66,67 @@ class GraphRunner(TorchRunner):
         rows, new = _power_of_two(len(batch.slot_B)), int(batch.count_B.max())
         key = draft, rows, new, _power_of_two(pages)
         if key not in self._graphs:
-            if (draft, rows * new) not in self._results:
-                logits_MV, hidden_NH = (
-                    torch.empty(rows * new, size, dtype=torch.bfloat16, device=self.device)
-                    for size in (self.model.config.vocab_size, self.model.config.hidden_size)
-                )
-                self._results[draft, rows * new] = logits_MV, hidden_NH
-            self._graphs[key] = _Graph(self, *key, *self._results[draft, rows * new])
+            self._graphs[key] = _Graph(self, *key, *self._room(draft, rows * new))
         return self._graphs[key]
+
+    def _room(self, draft: bool, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where logits and hidden states of so many tokens go."""
+        if (draft, tokens) not in self._results:
+            logits_MV, hidden_NH = (
+                torch.empty(tokens, size, dtype=self.model.lm_head.weight.dtype, device=self.device)
+                for size in (self.model.config.vocab_size, self.model.config.hidden_size)
+            )
+            self._results[draft, tokens] = logits_MV, hidden_NH
+        return self._results[draft, tokens]
+
+    @torch.inference_mode()
+    def round(self, slots: Slots, rows_B: np.ndarray, drafts: int) -> np.ndarray | None:
+        if drafts >= _MOST_NEW or (drafts and self._unsure(slots, rows_B)):
+            return None
+        shape = self._shape(slots, rows_B, 1 + drafts, drafts, 2 * drafts)
+        if shape not in self._rounds:
+            self._rounds[shape] = Round(self, shape, *self._room(False, shape.rows * shape.new), _record, self._memory)
+        recording, rows = self._rounds[shape], len(rows_B)
+        waiting_B = np.minimum(slots.drafts_S[rows_B], slots.limit_S[rows_B] - slots.length_S[rows_B] - 1)
+        waiting_B = np.minimum(waiting_B, drafts)
+        found = recording.replay(slots, rows_B, waiting_B)
+        (drawn_BT, sure_BT), kept_B = found["drawn"], found["kept"].copy()
+        if drafts == 0:
+            kept_B = np.ones_like(rows_B)
+            if not sure_BT.all():
+                counter_B = slots.length_S[rows_B] - slots.prompt_S[rows_B]
+                drawn_BT = super().draw(recording.logits_MV[:rows], slots, rows_B, counter_B)[:, None]
+        elif not kept_B.all():
+            return None
+        drafted = found["drafted"][:, 0].T if drafts else None
+        settle(slots, rows_B, waiting_B, kept_B, drawn_BT, drafted)
+        return kept_B
+
+    @torch.inference_mode()
+    def drafts(self, hidden_BH: Tensor, slots: Slots, rows_B: np.ndarray, drafts: int) -> np.ndarray | None:
+        shape = self._shape(slots, rows_B, 1, drafts, drafts)
+        if shape not in self._drafts:
+            self._drafts[shape] = Drafts(self, shape, _record, self._memory)
+        return self._drafts[shape].replay(slots, rows_B, hidden_BH)
+
+    def _shape(self, slots: Slots, rows_B: np.ndarray, new: int, drafts: int, further: int) -> Shape:
+        """Of a recording for these sequences, which look at positions up to `further` behind the newest token."""
+        most = slots.tokens_SW.shape[1] - 1
+        longest = min(int(slots.length_S[rows_B].max()) - 1 + further, most)
+        pages = _power_of_two(longest // self.cache.page_size + 1)
+        stops = _power_of_two(slots.stop_SN.shape[1]) if drafts else 1
+        return Shape(_power_of_two(len(rows_B)), new, drafts, pages, stops, most)
+
+    def _unsure(self, slots: Slots, rows_B: np.ndarray) -> bool:
+        """Whether some sequence has no limit that its likeliest tokens could reach: its round would be void."""
+        if obstacle(self.device) is None:
+            from teacher.kernels.draw import WHOLE
+        else:
+            WHOLE = 2 * CANDIDATES
+        wide_B = (slots.top_k_S[rows_B] == 0) & (slots.top_p_S[rows_B] >= 1) & (slots.min_p_S[rows_B] == 0)
+        wide_B |= slots.top_k_S[rows_B] > CANDIDATES
+        wide_B &= slots.temperature_S[rows_B] > 0
+        return self.model.config.vocab_size > WHOLE and bool(wide_B.any())
 
     @torch.inference_mode()
     def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray:
@@ -173,13 +231,7 @@ class _Draw:
         temperature_M, top_p_M, min_p_M = self._words_6M[:3].view(torch.float64).float()
         top_k_M, seed_M, counter_M = self._words_6M[3:]
         settings = Settings(temperature_M, top_p_M, top_k_M, min_p_M, seed_M)
-        if obstacle(self._logits_MV.device) is None:
-            from teacher.kernels.draw import draw_likely
-
-            draw_likely(self._logits_MV, settings, counter_M, self._output_2M)
-        else:
-            drawn_M, sure_M = sample_likely(self._logits_MV, settings, counter_M)
-            self._output_2M.copy_(torch.stack((drawn_M, sure_M.long())))
+        draw(self._logits_MV, settings, counter_M, self._output_2M)
 
     def replay(
         self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray

@@ -129,6 +129,11 @@ class TorchRunner:
         runner has a way to do that; None where, as here, it is done step by step."""
         return None
 
+    def drafts(self, hidden_BH: Tensor, slots: Slots, rows_B: np.ndarray, drafts: int) -> np.ndarray | None:
+        """So many tokens (B, G) drafted behind the newest one of each sequence, from the hidden state of its last
+        cached one, in one go; None where that is done step by step."""
+        return None
+
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages of the cache, (from, to)."""
         for source, target in pairs:

@@ -1,9 +1,11 @@
-"""`teacher.sampling.sample_likely` in two launches around torch's top-k, where operators of torch are a hundred.
+"""`teacher.sampling.sample_likely` by kernels, where operators of torch are a hundred.
 
-The first kernel reads the logits once, a part of a row a program: its largest value and where it stands, and the sum of
-exponentials (a softmax over 100,000 logits by one block takes 80 us, as long as reading the output layer). The second,
-a program a row, makes probabilities of the likeliest logits, applies the limits and draws with the request's own
-number. Floor, a row: 2 V bytes.
+A small vocabulary takes one launch: a program a row compares every token with every other, which gives its rank and
+what is before it without sorting, so that every draw is sure, equal logits in the order of their ids as in
+`teacher.sampling.sample`. A large one takes two around torch's top-k. The first kernel reads the logits once, a part of
+a row a program: its largest value and where it stands, and the sum of exponentials (a softmax over 100,000 logits by
+one block takes 80 us, as long as reading the output layer). The second, a program a row, makes probabilities of the
+likeliest logits, applies the limits and draws with the request's own number. Floor, a row: 2 V bytes.
 
 Shapes: B rows, V vocabulary, K candidates, S parts.
 """
@@ -15,19 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teacher.kernels.arguments import same_device, take
+from teacher.kernels.arguments import INTERPRETED, same_device, take
 from teacher.sampling import CANDIDATES, Settings
 
 _PART = 4096
+WHOLE = 1024  # the largest vocabulary that is compared token by token
 
 
 @triton.jit
-def _parts_kernel(logits, temperature, largest, index, total, V, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _parts_kernel(
+    logits, temperature, largest, index, total, V, PARTS: tl.constexpr, BLOCK: tl.constexpr, REPEAT: tl.constexpr
+):
     row, part = tl.program_id(0), tl.program_id(1)
     column = part * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row.to(tl.int64) * V + column, mask=column < V, other=float("-inf")).to(tl.float32)
     top = tl.max(x, axis=0)
-    scale = tl.maximum(tl.load(temperature + row), 1e-6)
+    scale = tl.maximum(tl.load(temperature + row // REPEAT), 1e-6)
     tl.store(largest + row * PARTS + part, top)
     tl.store(index + row * PARTS + part, tl.min(tl.where(x == top, column, V), axis=0))
     # Scaled before the difference, as a softmax of scaled logits has it.
@@ -43,15 +48,62 @@ def _mixed(x):
 
 
 @triton.jit
-def _draw_kernel(
-    values, tokens, largest, index, total, temperature, top_p, top_k, min_p, seed, counter, drawn, sure, V,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_S: tl.constexpr, WHOLE: tl.constexpr,
+def _number(seed, counter):
+    """u(seed, counter) in [0, 1); see teacher.sampling.uniform."""
+    bits = _mixed(seed.to(tl.uint64)) ^ (counter.to(tl.uint64) * 0x9E3779B97F4A7C15)
+    return (_mixed(bits) >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
+
+
+@triton.jit(do_not_specialize=["offset"])
+def _whole_kernel(
+    logits, temperature, top_p, top_k, min_p, seed, counter, drawn, sure, V, offset,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
-    """WHOLE: the candidates are the vocabulary."""
     row = tl.program_id(0)
+    own = row // REPEAT
+    start = logits + row.to(tl.int64) * V
+    at_V = tl.arange(0, BLOCK)
+    x_V = tl.load(start + at_V, mask=at_V < V, other=float("-inf")).to(tl.float32)
+    warm = tl.load(temperature + own) > 0.0
+    scale = tl.maximum(tl.load(temperature + own), 1e-6)
+    top = tl.max(x_V, axis=0)
+    p_V = tl.exp(x_V / scale - top / scale)
+    whole = tl.sum(p_V, axis=0)
+    p_V = p_V / whole
+    before_V = tl.zeros([BLOCK], tl.float64)
+    rank_V = tl.zeros([BLOCK], tl.int32)
+    for first in tl.range(0, V, CHUNK):
+        at_C = first + tl.arange(0, CHUNK)
+        x_C = tl.load(start + at_C, mask=at_C < V, other=float("-inf")).to(tl.float32)
+        p_C = tl.exp(x_C / scale - top / scale) / whole
+        ahead_VC = (x_C[None, :] > x_V[:, None]) | ((x_C[None, :] == x_V[:, None]) & (at_C[None, :] < at_V[:, None]))
+        before_V += tl.sum(tl.where(ahead_VC, p_C.to(tl.float64)[None, :], 0.0), axis=1)
+        rank_V += tl.sum(ahead_VC.to(tl.int32), axis=1)
+    limit_k, limit_p, least_p = tl.load(top_k + own), tl.load(top_p + own), tl.load(min_p + own)
+    kept_V = ((rank_V < limit_k) | (limit_k == 0)) & (p_V >= least_p * tl.max(p_V, axis=0)) & (at_V < V)
+    left = tl.where((limit_k > 0) | (least_p > 0.0), tl.sum(tl.where(kept_V, p_V, 0.0), axis=0), 1.0)
+    kept_V = kept_V & ((before_V < limit_p * left) | (rank_V == 0))
+    # What is kept comes first in the order of ranks, so nothing that was dropped is before it.
+    share_V = before_V + p_V.to(tl.float64)
+    end = tl.sum(tl.where(kept_V, p_V, 0.0).to(tl.float64), axis=0)
+    number = _number(tl.load(seed + own), tl.load(counter + own) + row % REPEAT + offset)
+    reached = tl.min(tl.where(kept_V & (share_V > number * end), rank_V, BLOCK), axis=0)
+    chosen = tl.minimum(reached, tl.max(tl.where(kept_V, rank_V, 0), axis=0))
+    chosen = tl.where(warm, chosen, 0)
+    tl.store(drawn + row, tl.sum(tl.where((rank_V == chosen) & (at_V < V), at_V, 0), axis=0).to(tl.int64))
+    tl.store(sure + row, 1)
+
+
+@triton.jit(do_not_specialize=["offset"])
+def _draw_kernel(
+    values, tokens, largest, index, total, temperature, top_p, top_k, min_p, seed, counter, drawn, sure, V, offset,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_S: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    own = row // REPEAT
     part_S = tl.arange(0, BLOCK_S)
     own_S = part_S < PARTS
-    scale = tl.maximum(tl.load(temperature + row), 1e-6)
+    scale = tl.maximum(tl.load(temperature + own), 1e-6)
     top_S = tl.load(largest + row * PARTS + part_S, mask=own_S, other=float("-inf"))
     top = tl.max(top_S, axis=0)
     index_S = tl.load(index + row * PARTS + part_S, mask=own_S, other=V)
@@ -62,7 +114,7 @@ def _draw_kernel(
     rank_K = tl.arange(0, BLOCK_K)
     value_K = tl.load(values + row * K + rank_K, mask=rank_K < K, other=float("-inf")).to(tl.float32)
     p_K = tl.exp(value_K / scale - top / scale) / whole
-    limit_k, limit_p, least_p = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
+    limit_k, limit_p, least_p = tl.load(top_k + own), tl.load(top_p + own), tl.load(min_p + own)
     first = tl.max(p_K, axis=0)
     kept_K = ((rank_K < limit_k) | (limit_k == 0)) & (p_K >= least_p * first) & (rank_K < K)
     left = tl.where((limit_k > 0) | (least_p > 0.0), tl.sum(tl.where(kept_K, p_K, 0.0), axis=0), 1.0)
@@ -70,26 +122,30 @@ def _draw_kernel(
     kept_K = kept_K & ((before_K < limit_p * left) | (rank_K == 0))
     share_K = tl.cumsum(tl.where(kept_K, p_K, 0.0).to(tl.float64), axis=0)
     end = tl.max(share_K, axis=0)
-    bits = _mixed(tl.load(seed + row).to(tl.uint64)) ^ (tl.load(counter + row).to(tl.uint64) * 0x9E3779B97F4A7C15)
-    number = (_mixed(bits) >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
+    number = _number(tl.load(seed + own), tl.load(counter + own) + row % REPEAT + offset)
     chosen = tl.sum(((share_K <= number * end) & (rank_K < K)).to(tl.int32), axis=0)
     chosen = tl.minimum(chosen, tl.sum(kept_K.to(tl.int32), axis=0) - 1)
     token_K = tl.load(tokens + row * K + rank_K, mask=rank_K < K, other=0)
     token = tl.sum(tl.where(rank_K == chosen, token_K, 0), axis=0)
-    warm = tl.load(temperature + row) > 0.0
+    warm = tl.load(temperature + own) > 0.0
     tl.store(drawn + row, tl.where(warm, token, greedy.to(tl.int64)))
     enough = (limit_k > 0) & (limit_k <= K)
     enough = enough | ((limit_k == 0) & (least_p == 0.0) & (tl.sum(p_K, axis=0) > limit_p))
     enough = enough | (tl.min(tl.where(rank_K < K, p_K, 1.0), axis=0) < least_p * first)
     enough = enough | (not warm)
-    if WHOLE:
-        enough = enough | True
     tl.store(sure + row, enough.to(tl.int64))
 
 
-def draw_likely(logits_BV: Tensor, settings: Settings, counter_B: Tensor, out_2B: Tensor | None = None) -> Tensor:
-    """The next token of each row, and where the likeliest were enough to be sure (1 or 0): int64 (2, B)."""
+def draw_likely(
+    logits_BV: Tensor, settings: Settings, counter_B: Tensor, out_2B: Tensor | None = None, repeat: int = 1,
+    offset: int = 0,
+) -> Tensor:  # fmt: skip
+    """The next token of each row, and where the likeliest were enough to be sure (1 or 0): int64 (2, B).
+
+    With `repeat` settings and counters are of so many rows each, whose counters go up by one; `offset` is added to all.
+    """
     take("logits_BV", logits_BV, (torch.bfloat16, torch.float32), (2,), contiguous=True)
+    (rows, vocabulary), device = logits_BV.shape, logits_BV.device
     for name, each, dtype in (
         ("temperature_B", settings.temperature_B, torch.float32), ("top_p_B", settings.top_p_B, torch.float32),
         ("min_p_B", settings.min_p_B, torch.float32), ("top_k_B", settings.top_k_B, torch.int64),
@@ -97,24 +153,31 @@ def draw_likely(logits_BV: Tensor, settings: Settings, counter_B: Tensor, out_2B
     ):  # fmt: skip
         take(name, each, (dtype,), (1,), contiguous=True)
         same_device(logits_BV=logits_BV, **{name: each})
-    (rows, vocabulary), device = logits_BV.shape, logits_BV.device
-    whole = vocabulary <= 2 * CANDIDATES
-    values_BK, tokens_BK = logits_BV.topk(vocabulary if whole else CANDIDATES, dim=-1)
-    k, parts = values_BK.shape[1], -(-vocabulary // _PART)
-    largest_BS, total_BS = torch.empty(2, rows, parts, dtype=torch.float32, device=device)
-    index_BS = torch.empty(rows, parts, dtype=torch.int32, device=device)
+        if len(each) * repeat != rows:
+            raise ValueError(f"{name} has {len(each)} values for {rows} rows; taken: one for {repeat} of them")
     if out_2B is None:
         out_2B = torch.empty(2, rows, dtype=torch.int64, device=device)
     take("out_2B", out_2B, (torch.int64,), (2,), contiguous=True)
     drawn_B, sure_B = out_2B
+    how = (
+        settings.temperature_B, settings.top_p_B, settings.top_k_B, settings.min_p_B, settings.seed_B, counter_B,
+        drawn_B, sure_B, vocabulary, offset,
+    )  # fmt: skip
+    if vocabulary <= WHOLE:
+        block = triton.next_power_of_2(vocabulary)
+        chunk = min(256 if INTERPRETED else 16, block)
+        _whole_kernel[(rows,)](logits_BV, *how, BLOCK=block, CHUNK=chunk, REPEAT=repeat, num_warps=8)
+        return out_2B
+    values_BK, tokens_BK = logits_BV.topk(CANDIDATES, dim=-1)
+    parts = -(-vocabulary // _PART)
+    largest_BS, total_BS = torch.empty(2, rows, parts, dtype=torch.float32, device=device)
+    index_BS = torch.empty(rows, parts, dtype=torch.int32, device=device)
     _parts_kernel[(rows, parts)](
         logits_BV, settings.temperature_B, largest_BS, index_BS, total_BS, vocabulary, PARTS=parts, BLOCK=_PART,
-        num_warps=8,
+        REPEAT=repeat, num_warps=8,
     )  # fmt: skip
     _draw_kernel[(rows,)](
-        values_BK, tokens_BK, largest_BS, index_BS, total_BS, settings.temperature_B, settings.top_p_B,
-        settings.top_k_B, settings.min_p_B, settings.seed_B, counter_B, drawn_B, sure_B, vocabulary, K=k,
-        BLOCK_K=triton.next_power_of_2(k), PARTS=parts, BLOCK_S=triton.next_power_of_2(parts), WHOLE=whole,
-        num_warps=2,
+        values_BK, tokens_BK, largest_BS, index_BS, total_BS, *how, K=CANDIDATES, BLOCK_K=CANDIDATES, PARTS=parts,
+        BLOCK_S=triton.next_power_of_2(parts), REPEAT=repeat, num_warps=2,
     )  # fmt: skip
     return out_2B

@@ -128,6 +128,9 @@ class NativeRunner:
         if failed:
             raise MemoryError("no memory for a round's bookkeeping")
 
+    def drafts(self, hidden_BH: Tensor, slots: Slots, rows_B: np.ndarray, drafts: int) -> np.ndarray | None:
+        return None
+
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         for source, target in pairs:
             self.cache.copy_page(source, target)
