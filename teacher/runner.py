@@ -104,10 +104,13 @@ class TorchRunner:
         layers_LPGW = self.cache.latents_LPGC[layers]
         new, page_size = position_BT.shape[1], layers_LPGW.shape[2]
         absorbed = absorbed_is_cheaper(self.model.config, new, table_BP.shape[1] * page_size)
-        write_BT = _places(position_BT, table_BP, page_size)
         if self._kernels and absorbed:
+            from teacher.kernels.places import places
+
+            write_BT = places(position_BT, table_BP, page_size)
             first_B = None if first_B1 is None else first_B1.squeeze(1)
             return [PagedView(layer, write_BT, table_BP, position_BT, first_B) for layer in layers_LPGW], True
+        write_BT = _places(position_BT, table_BP, page_size)
         if fresh and not absorbed and self.device.type == "cuda":
             return [FreshView(layer.flatten(0, 1), write_BT) for layer in layers_LPGW], False
         read_BS, bias_BTS = _context(position_BT, table_BP, first_B1, page_size, self.model.lm_head.weight.dtype)

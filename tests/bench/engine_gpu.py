@@ -4,11 +4,13 @@
 
 Two models: tiny-r1, and a model of DeepSeek-V2-Lite's shape (15.7B parameters, 2.7B activated; random weights, with
 the output layer scaled up so that its distributions are as peaked as a trained model's), and a draft module of V3's
-kind. tiny-r1 gets problems that it knows and stops when it is done, the other one 128 random tokens, and writes 128;
-temperature 0.6, top-p 0.95. In the rows of 3,968 prompt tokens all requests have the same prompt, computed once: what
-is told there is decoding over it. What is told is new tokens a second of the whole call, prefill included, the best of
-the rounds after one that is not counted. A draft module of random weights is hardly ever right: such rows say what
-drafting costs, not what it brings. The most telling rows come first, and none is begun after --until seconds.
+kind. tiny-r1 gets problems that it knows and stops when it is done, at least 16 a row however few are in flight; the
+other model gets 128 random tokens a request, and writes 128. Temperature 0.6, top-p 0.95. In the rows of 3,968 prompt
+tokens all requests have the same prompt, computed once: what is told there is decoding over it. What is told is new
+tokens a second of the whole call, prefill included, the best of the rounds after one that is not counted, and which
+part of a speculating row's requests have the plain row's tokens (bf16 rounds otherwise in another batch shape, and a
+draw on a border may turn). A draft module of random weights is hardly ever right: such rows say what drafting costs,
+not what it brings. The most telling rows come first, and none is begun after --until seconds.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from teacher.requests import Request
 from tests.bench.kernels import about
 
 PROMPT, NEW, LONG = 128, 128, 3968
+LEAST = 16  # requests of a row of tiny-r1, whose answers are some 50 tokens
 
 
 def lite() -> DeepseekV3:
@@ -82,8 +85,15 @@ def requests(count: int, vocabulary: int, length: int, prompts: list[list[int]] 
 
 
 def speed(
-    model: DeepseekV3, count: int, rounds: int, prompts: list[list[int]] | None, fused: bool = True, **settings: Any
-) -> Any:
+    model: DeepseekV3,
+    count: int,
+    rounds: int,
+    prompts: list[list[int]] | None,
+    fused: bool = True,
+    most: int = 1,
+    **settings: Any,
+) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """A row for `count` requests in flight, of `most` or as many in all, and what each request brought."""
     length = max(512, len(prompts[0]) + NEW if prompts else 0)
     obstacle = teacher.runner.fused_obstacle
     teacher.runner.fused_obstacle = obstacle if fused else lambda model: "switched off"
@@ -92,12 +102,14 @@ def speed(
     found = []
     for _ in range(1 + rounds):
         started = time.perf_counter()
-        made = sum(len(done.token_ids) for done in engine.generate(requests(count, 400, NEW, prompts)))
+        asked = requests(max(count, most), 400, NEW, prompts)
+        done = {each.id: each.token_ids for each in engine.generate(asked)}
         torch.cuda.synchronize()
-        found.append(made / (time.perf_counter() - started))
+        found.append(sum(map(len, done.values())) / (time.perf_counter() - started))
     stats = engine.stats()
     accepted = round(stats.accepted / stats.drafted, 4) if stats.drafted else None
-    return {"tokens_per_second": round(max(found[1:])), "accepted": accepted, "runs_in": engine.runs_in}
+    row = {"tokens_per_second": round(max(found[1:])), "accepted": accepted, "runs_in": engine.runs_in}
+    return row, done
 
 
 def real_prompts(count: int) -> list[list[int]]:
@@ -158,11 +170,21 @@ def main() -> None:
     found: dict[str, Any] = {"about": about(chosen.commit, "tests.bench.engine_gpu"), "rows": []}
     rounds = 1 if chosen.quick else 2
 
-    def measure(name: str, model: DeepseekV3, count: int, prompts: list[list[int]] | None, **settings: Any) -> None:
+    plain: dict[tuple[str, int], dict[str, list[int]]] = {}
+
+    def measure(
+        name: str, model: DeepseekV3, count: int, prompts: list[list[int]] | None, most: int = 1, **settings: Any
+    ) -> None:
+        row = {"model": name, "concurrency": count, **settings}
         if time.perf_counter() - started > chosen.until:
-            row = {"model": name, "concurrency": count, **settings, "left_out": f"after {chosen.until:.0f} s"}
+            row["left_out"] = f"after {chosen.until:.0f} s"
         else:
-            row = {"model": name, "concurrency": count, **settings, **speed(model, count, rounds, prompts, **settings)}
+            told, tokens = speed(model, count, rounds, prompts, most=most, **settings)
+            row |= told
+            if not settings:
+                plain[name, count] = tokens
+            if "speculate" in settings and (expected := plain.get((name, count))):
+                row["same"] = round(sum(tokens[each] == expected[each] for each in expected) / len(expected), 4)
         row["at_seconds"] = round(time.perf_counter() - started, 1)
         found["rows"].append(row)
         print(json.dumps(row), flush=True)
@@ -184,7 +206,7 @@ def main() -> None:
         prompts = real_prompts(256)
         tiny = load_model("teacher/models/tiny-r1", dtype="bfloat16", device="cuda")
         for count, settings in tiny_rows(chosen.quick):
-            measure("tiny-r1, bfloat16", tiny, count, prompts, **settings)
+            measure("tiny-r1, bfloat16", tiny, count, prompts, LEAST, **settings)
     if chosen.only != "tiny":
         for weights in ("model", "experts"):
             torch.cuda.empty_cache()

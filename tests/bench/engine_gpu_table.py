@@ -29,7 +29,8 @@ def main() -> None:
         how = [word for (name, value), word in WORDS.items() if name in row and row[name] == value]
         told = f"{row['tokens_per_second']:,}"
         if row["accepted"] is not None:
-            told += f" ({row['accepted']:.0%} accepted)"
+            told += f" ({row['accepted']:.0%} accepted"
+            told += f", {row['same']:.0%} the same text)" if "same" in row else ")"
         lines.setdefault(", ".join([row["model"], *how]), {})[row["concurrency"]] = told
     print("| in flight | " + " | ".join(map(str, counts)) + " |")
     print("|---" * (len(counts) + 1) + "|")
