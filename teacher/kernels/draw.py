@@ -1,11 +1,11 @@
 """`teacher.sampling.sample_likely` by kernels, where operators of torch are a hundred.
 
-A small vocabulary takes one launch: a program a row compares every token with every other, which gives its rank and
-what is before it without sorting, so that every draw is sure, equal logits in the order of their ids as in
-`teacher.sampling.sample`. A large one takes two around torch's top-k. The first kernel reads the logits once, a part of
-a row a program: its largest value and where it stands, and the sum of exponentials (a softmax over 100,000 logits by
-one block takes 80 us, as long as reading the output layer). The second, a program a row, makes probabilities of the
-likeliest logits, applies the limits and draws with the request's own number. Floor, a row: 2 V bytes.
+A small vocabulary takes one launch: a program a row sorts all of it, so that every draw is sure, with equal logits in
+the order of their ids, as in a stable sort. A large one takes two around torch's top-k. The first kernel reads the
+logits once, a part of a row a program: its largest value and where it stands, and the sum of exponentials (a softmax
+over 100,000 logits by one block takes 80 us, as long as reading the output layer). The second, a program a row, makes
+probabilities of the likeliest logits, applies the limits and draws with the request's own number. Floor, a row: 2 V
+bytes.
 
 Shapes: B rows, V vocabulary, K candidates, S parts.
 """
@@ -21,7 +21,7 @@ from teacher.kernels.arguments import INTERPRETED, same_device, take
 from teacher.sampling import CANDIDATES, Settings
 
 _PART = 4096
-WHOLE = 1024  # the largest vocabulary that is compared token by token
+WHOLE = 1024  # the largest vocabulary that one program sorts
 
 
 @triton.jit
@@ -54,43 +54,54 @@ def _number(seed, counter):
     return (_mixed(bits) >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
 
 
+@triton.jit
+def _ranked(x, at):
+    """Values and their places as one int64 each, which sorts by value and then by the lower place."""
+    bits = x.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)
+
+
+@triton.jit
+def _sorted(keys, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Keys, no two alike, in descending order. Interpreted, a sort takes seconds: there each goes to its rank."""
+    if INTERPRETED:
+        rank_V = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), axis=1)
+        found_VV = rank_V[None, :] == tl.arange(0, BLOCK)[:, None]
+        return tl.sum(tl.where(found_VV, keys[None, :], 0), axis=1)
+    return tl.sort(keys, descending=True)
+
+
 @triton.jit(do_not_specialize=["offset"])
 def _whole_kernel(
     logits, temperature, top_p, top_k, min_p, seed, counter, drawn, sure, V, offset,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, REPEAT: tl.constexpr,
+    BLOCK: tl.constexpr, REPEAT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     own = row // REPEAT
-    start = logits + row.to(tl.int64) * V
-    at_V = tl.arange(0, BLOCK)
-    x_V = tl.load(start + at_V, mask=at_V < V, other=float("-inf")).to(tl.float32)
+    rank_V = tl.arange(0, BLOCK)
+    x_V = tl.load(logits + row.to(tl.int64) * V + rank_V, mask=rank_V < V, other=float("-inf")).to(tl.float32)
+    key_V = _sorted(_ranked(x_V, rank_V), BLOCK, INTERPRETED)
+    token_V = 0x7FFFFFFF - (key_V & 0x7FFFFFFF).to(tl.int32)
+    bits_V = (key_V >> 32).to(tl.int32)
+    x_V = tl.where(bits_V < 0, bits_V ^ 0x7FFFFFFF, bits_V).to(tl.float32, bitcast=True)
+    real_V = token_V < V
     warm = tl.load(temperature + own) > 0.0
     scale = tl.maximum(tl.load(temperature + own), 1e-6)
-    top = tl.max(x_V, axis=0)
-    p_V = tl.exp(x_V / scale - top / scale)
-    whole = tl.sum(p_V, axis=0)
-    p_V = p_V / whole
-    before_V = tl.zeros([BLOCK], tl.float64)
-    rank_V = tl.zeros([BLOCK], tl.int32)
-    for first in tl.range(0, V, CHUNK):
-        at_C = first + tl.arange(0, CHUNK)
-        x_C = tl.load(start + at_C, mask=at_C < V, other=float("-inf")).to(tl.float32)
-        p_C = tl.exp(x_C / scale - top / scale) / whole
-        ahead_VC = (x_C[None, :] > x_V[:, None]) | ((x_C[None, :] == x_V[:, None]) & (at_C[None, :] < at_V[:, None]))
-        before_V += tl.sum(tl.where(ahead_VC, p_C.to(tl.float64)[None, :], 0.0), axis=1)
-        rank_V += tl.sum(ahead_VC.to(tl.int32), axis=1)
+    p_V = tl.exp(x_V / scale - tl.max(x_V, axis=0) / scale)
+    p_V = p_V / tl.sum(p_V, axis=0)
     limit_k, limit_p, least_p = tl.load(top_k + own), tl.load(top_p + own), tl.load(min_p + own)
-    kept_V = ((rank_V < limit_k) | (limit_k == 0)) & (p_V >= least_p * tl.max(p_V, axis=0)) & (at_V < V)
+    kept_V = ((rank_V < limit_k) | (limit_k == 0)) & (p_V >= least_p * tl.max(p_V, axis=0)) & real_V
     left = tl.where((limit_k > 0) | (least_p > 0.0), tl.sum(tl.where(kept_V, p_V, 0.0), axis=0), 1.0)
+    before_V = tl.cumsum(p_V, axis=0) - p_V
     kept_V = kept_V & ((before_V < limit_p * left) | (rank_V == 0))
-    # What is kept comes first in the order of ranks, so nothing that was dropped is before it.
-    share_V = before_V + p_V.to(tl.float64)
-    end = tl.sum(tl.where(kept_V, p_V, 0.0).to(tl.float64), axis=0)
+    share_V = tl.cumsum(tl.where(kept_V, p_V, 0.0).to(tl.float64), axis=0)
     number = _number(tl.load(seed + own), tl.load(counter + own) + row % REPEAT + offset)
-    reached = tl.min(tl.where(kept_V & (share_V > number * end), rank_V, BLOCK), axis=0)
-    chosen = tl.minimum(reached, tl.max(tl.where(kept_V, rank_V, 0), axis=0))
+    passed_V = (share_V <= number * tl.max(share_V, axis=0)) & real_V
+    # The last kept token bounds the search: rounding must not land on one that was dropped.
+    chosen = tl.minimum(tl.sum(passed_V.to(tl.int32), axis=0), tl.max(tl.where(kept_V, rank_V, 0), axis=0))
     chosen = tl.where(warm, chosen, 0)
-    tl.store(drawn + row, tl.sum(tl.where((rank_V == chosen) & (at_V < V), at_V, 0), axis=0).to(tl.int64))
+    tl.store(drawn + row, tl.sum(tl.where(rank_V == chosen, token_V, 0), axis=0).to(tl.int64))
     tl.store(sure + row, 1)
 
 
@@ -164,9 +175,10 @@ def draw_likely(
         drawn_B, sure_B, vocabulary, offset,
     )  # fmt: skip
     if vocabulary <= WHOLE:
-        block = triton.next_power_of_2(vocabulary)
-        chunk = min(256 if INTERPRETED else 16, block)
-        _whole_kernel[(rows,)](logits_BV, *how, BLOCK=block, CHUNK=chunk, REPEAT=repeat, num_warps=8)
+        _whole_kernel[(rows,)](
+            logits_BV, *how, BLOCK=triton.next_power_of_2(vocabulary), REPEAT=repeat, INTERPRETED=INTERPRETED,
+            num_warps=4,
+        )  # fmt: skip
         return out_2B
     values_BK, tokens_BK = logits_BV.topk(CANDIDATES, dim=-1)
     parts = -(-vocabulary // _PART)
