@@ -26,7 +26,8 @@ from teacher.runner import Batch, TorchRunner, _index
 from teacher.sampling import CANDIDATES, Settings
 from teacher.slots import Slots
 
-_MOST_NEW = 8  # tokens a sequence; longer ones are prefill, which keeps the device busy by itself
+# Tokens a sequence; longer ones are prefill, which keeps the device busy by itself, but for the shortest prompts.
+_MOST_NEW = 8
 
 
 class GraphRunner(TorchRunner):
@@ -48,22 +49,30 @@ class GraphRunner(TorchRunner):
     @torch.inference_mode()
     def forward(self, batch: Batch, wanted_M: np.ndarray) -> tuple[Tensor, Tensor]:
         """As TorchRunner's; the results of few tokens are good until the next `forward`."""
-        if batch.count_B.max() > _MOST_NEW:
+        if (new := self._new(batch)) is None:
             return super().forward(batch, wanted_M)
-        return self._graph(batch, draft=False).replay(batch, wanted_M)
+        return self._graph(batch, new, draft=False).replay(batch, wanted_M)
 
     @torch.inference_mode()
     def draft(
         self, hidden_NH: Tensor, batch: Batch, first_B: np.ndarray, wanted_M: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """As TorchRunner's; the results of few tokens are good until the next `draft`."""
-        if batch.count_B.max() > _MOST_NEW:
+        if (new := self._new(batch)) is None:
             return super().draft(hidden_NH, batch, first_B, wanted_M)
-        return self._graph(batch, draft=True).replay(batch, wanted_M, hidden_NH, first_B)
+        return self._graph(batch, new, draft=True).replay(batch, wanted_M, hidden_NH, first_B)
 
-    def _graph(self, batch: Batch, draft: bool) -> _Graph:
+    def _new(self, batch: Batch) -> int | None:
+        """Tokens a sequence of the recording that runs this batch; None: it is run operator by operator."""
+        new = int(batch.count_B.max())
+        if new <= _MOST_NEW:
+            return new
+        new = _power_of_two(new)
+        return new if self._few(_power_of_two(len(batch.slot_B)) * new) else None
+
+    def _graph(self, batch: Batch, new: int, draft: bool) -> _Graph:
         pages = int(batch.position_N.max()) // self.cache.page_size + 1
-        rows, new = _power_of_two(len(batch.slot_B)), int(batch.count_B.max())
+        rows = _power_of_two(len(batch.slot_B))
         key = draft, rows, new, _power_of_two(pages)
         if key not in self._graphs:
             self._graphs[key] = _Graph(self, *key, *self._room(draft, rows * new))

@@ -45,15 +45,15 @@ class _Words:
     """Arrays of eight-byte words by name, on the host and on the device, that travel in one copy."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
-        sizes = [int(np.prod(shape)) for shape in shapes.values()]
+        counts = [int(np.prod(shape)) for shape in shapes.values()]
+        sizes = [count + count % 2 for count in counts]  # each begins at 16 bytes, however many the others are
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self.host: dict[str, np.ndarray] = {}
         self.there: dict[str, Tensor] = {}
-        for (name, shape), here, there in zip(
-            shapes.items(), self._host.split(sizes), self._device.split(sizes), strict=True
-        ):
-            self.host[name], self.there[name] = here.view(shape).numpy(), there.view(shape)
+        parts = self._host.split(sizes), self._device.split(sizes)
+        for (name, shape), count, here, there in zip(shapes.items(), counts, *parts, strict=True):
+            self.host[name], self.there[name] = here[:count].view(shape).numpy(), there[:count].view(shape)
 
     def send(self) -> None:
         self._device.copy_(self._host, non_blocking=True)

@@ -22,6 +22,9 @@ from teacher.model import DeepseekV3
 from teacher.sampling import Settings, sample
 from teacher.slots import Slots
 
+# Tokens of a step, those of padding included, that are run by the fused kernels in any case: short prompts too.
+_FEW = 64
+
 
 class Batch(NamedTuple):
     """New tokens of some sequences, arrays on the host."""
@@ -103,7 +106,8 @@ class TorchRunner:
         """What attention is told of these layers' caches, and whether it is to run in the absorbed form."""
         layers_LPGW = self.cache.latents_LPGC[layers]
         new, page_size = position_BT.shape[1], layers_LPGW.shape[2]
-        absorbed = absorbed_is_cheaper(self.model.config, new, table_BP.shape[1] * page_size)
+        cheaper = absorbed_is_cheaper(self.model.config, new, table_BP.shape[1] * page_size)
+        absorbed = cheaper or self._few(position_BT.numel())
         if self._kernels and absorbed:
             from teacher.kernels.places import places
 
@@ -115,6 +119,11 @@ class TorchRunner:
             return [FreshView(layer.flatten(0, 1), write_BT) for layer in layers_LPGW], False
         read_BS, bias_BTS = _context(position_BT, table_BP, first_B1, page_size, self.model.lm_head.weight.dtype)
         return [CacheView(layer.flatten(0, 1), write_BT, read_BS, bias_BTS) for layer in layers_LPGW], absorbed
+
+    def _few(self, tokens: int) -> bool:
+        """Whether launches cost more than products: then a step takes the fewest, by the fused kernels, whichever form
+        of attention would be cheaper."""
+        return self._fused is not None and tokens <= _FEW
 
     @torch.inference_mode()
     def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray:

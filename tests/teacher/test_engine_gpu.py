@@ -122,3 +122,32 @@ def test_graphs_compute_what_the_plain_runner_computes():
         found.append(outputs)
     for plain, graph in zip(*found, strict=True):
         assert (plain - graph).abs().mean() < 0.02 * plain.abs().mean()
+
+
+def test_short_prompts_by_graphs_and_fused_kernels_are_the_models():
+    import numpy as np
+
+    from teacher.cache import LatentCache
+    from teacher.graphs import GraphRunner
+    from teacher.runner import Batch, TorchRunner
+    from tests.teacher.kernels.test_fused import model_of
+
+    model = model_of("cuda", "model")
+    table_SP = np.arange(1, 41, dtype=np.int32).reshape(4, 10)
+    found = []
+    for kind, kernels in ((TorchRunner, False), (GraphRunner, True)):
+        cache = LatentCache(model.config, model.config.num_hidden_layers + 1, 40, 8, torch.bfloat16, "cuda")
+        runner, rng, outputs = kind(model, cache, kernels), np.random.default_rng(0), []
+        at_S = np.zeros(4, dtype=np.int64)
+        for rows, counts in (([0, 1], [20, 7]), ([2], [30]), ([3], [50]), ([1], [9]), ([0, 1, 2], [1, 1, 4])):
+            rows_B, count_B = np.array(rows), np.array(counts)
+            position_N = np.concatenate([np.arange(at_S[r], at_S[r] + n) for r, n in zip(rows, counts, strict=True)])
+            at_S[rows_B] += count_B
+            batch = Batch(rng.integers(0, 250, len(position_N)).astype(np.int32), position_N, rows_B, count_B, table_SP)
+            logits_MV, hidden_NH = runner.forward(batch, batch.last_B)
+            _, out_NH = runner.draft(hidden_NH, batch, np.zeros(len(rows), dtype=np.int64), batch.last_B[:0])
+            outputs += [logits_MV.float().clone(), hidden_NH.float().clone(), out_NH.float().clone()]
+        found.append(outputs)
+    assert len(runner._graphs) == 10  # none of them was run operator by operator
+    for plain, graph in zip(*found, strict=True):
+        assert (plain - graph).norm() < 0.06 * plain.norm()
