@@ -128,24 +128,14 @@ class GraphRunner(TorchRunner):
 
     def _unsure(self, slots: Slots, rows_B: np.ndarray) -> bool:
         """Whether some sequence has no limit that its likeliest tokens could reach: its round would be void."""
+        most = 2 * CANDIDATES
         if obstacle(self.device) is None:
-            from teacher.kernels.draw import WHOLE
-        else:
-            WHOLE = 2 * CANDIDATES
+            from teacher.kernels.draw import WHOLE as most
+        if self.model.config.vocab_size <= most:
+            return False
         wide_B = (slots.top_k_S[rows_B] == 0) & (slots.top_p_S[rows_B] >= 1) & (slots.min_p_S[rows_B] == 0)
         wide_B |= slots.top_k_S[rows_B] > CANDIDATES
-        wide_B &= slots.temperature_S[rows_B] > 0
-        return self.model.config.vocab_size > WHOLE and bool(wide_B.any())
-
-    @torch.inference_mode()
-    def draw(self, logits_MV: Tensor, slots: Slots, slot_M: np.ndarray, counter_M: np.ndarray) -> np.ndarray:
-        if not (slots.temperature_S[slot_M] > 0).any():
-            return logits_MV.argmax(-1).cpu().numpy()
-        rows = _power_of_two(len(slot_M))
-        if rows not in self._draws:
-            self._draws[rows] = _Draw(rows, logits_MV, self._memory)
-        drawn_M, sure_M = self._draws[rows].replay(logits_MV, slots, slot_M, counter_M)
-        return drawn_M if sure_M.all() else super().draw(logits_MV, slots, slot_M, counter_M)
+        return bool((wide_B & (slots.temperature_S[rows_B] > 0)).any())
 
 
 class _Graph:
