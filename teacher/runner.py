@@ -86,7 +86,7 @@ class TorchRunner:
         layers = slice(self.model.config.num_hidden_layers)
         views, absorbed = self._views(layers, position_BT, table_BP, None, fresh)
         if self._fused is not None and isinstance(views[0], PagedView):
-            return self._fused.extend(tokens_BT, position_BT.clamp_min(0), cast(Sequence[PagedView], views))
+            return self._fused.extend(tokens_BT, position_BT, cast(Sequence[PagedView], views))
         return self.model.extend(tokens_BT, position_BT.clamp_min(0), views, absorbed)
 
     def extend_draft(
@@ -97,7 +97,7 @@ class TorchRunner:
         last = self.model.config.num_hidden_layers
         (view,), absorbed = self._views(slice(last, last + 1), position_BT, table_BP, first_B1, fresh)
         if self._fused is not None and isinstance(view, PagedView):
-            return self._fused.draft(hidden_BTH, tokens_BT, position_BT.clamp_min(0), view)
+            return self._fused.draft(hidden_BTH, tokens_BT, position_BT, view)
         return self.model.draft(hidden_BTH, tokens_BT, position_BT.clamp_min(0), view, absorbed)
 
     def _views(
