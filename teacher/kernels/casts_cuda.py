@@ -1,5 +1,5 @@
-"""The casts in CUDA (cuda/casts.cu, cuda/casts_transposed.cu): `teacher.kernels.quantize` gives them what they take and
-keeps the rest for Triton.
+"""The casts in CUDA (cuda/casts.cu, casts_transposed.cu and casts_again.cu): `teacher.kernels.quantize` gives them what
+they take and keeps the rest for Triton.
 
 Both are bit-exact, so which of the two ran shows in nothing but time. Taken are tensors on Hopper whose rows begin at
 multiples of 16 bytes, with a multiple of 8 columns and, where the result is transposed, of 16 rows; where the libraries
@@ -25,8 +25,9 @@ _SIGNATURES = {
     "casts_rows": ("casts", (_P, _L, _I, _P, _P, _P, _L, _I, _I, _I, _P)),
     "casts_blocks": ("casts", (_P, _L, _L, _I, _P, _P, _I, _I, _I, _I, _P)),
     "casts_transposed": ("casts_transposed", (_P, _L, _L, _I, _P, _P, _P, _P, _L, _I, _I, _I, _I, _I, _P)),
-    "casts_again": ("casts_transposed", (_P, _P, _L, _L, _P, _P, _I, _I, _I, _P)),
+    "casts_again": ("casts_again", (_P, _P, _L, _L, _P, _P, _I, _I, _I, _P)),
 }
+_FILES = sorted({file for file, _ in _SIGNATURES.values()})
 COLUMNS, BLOCKS, BLOCKS_TWICE, BOTH_WAYS = range(4)
 
 
@@ -37,7 +38,7 @@ def obstacle(device: torch.device) -> str | None:
         return "Triton's interpreter runs the casts" if INTERPRETED else f"tensors are on {device.type}"
     if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
         return f"compute capability {capability[0]}.{capability[1]}; the casts in CUDA are for 9.0 (Hopper)"
-    return next((made for made in map(library, ("casts", "casts_transposed")) if isinstance(made, str)), None)
+    return next((made for made in map(library, _FILES) if isinstance(made, str)), None)
 
 
 def takes(x: Tensor, transposed: bool) -> bool:

@@ -53,7 +53,7 @@ __device__ uint32_t largest_of(const uint32_t (&v)[4]) {
     return L::COLS == 8 ? max(L::bits(&a, 0), L::bits(&a, 1)) : a;
 }
 
-// 16 or 8 bytes, or zeros. 16 go through the L1, though nothing is read twice: `L1::no_allocate` costs them 4%.
+// 16 bytes, or zeros. They go through the L1, though nothing is read twice: `L1::no_allocate` costs 4%.
 __device__ void load(uint32_t (&to)[4], const void* from, bool really) {
     asm volatile(
         "{.reg .pred p;\n"
@@ -62,22 +62,6 @@ __device__ void load(uint32_t (&to)[4], const void* from, bool really) {
         "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
         : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3]) : "l"(from), "r"(static_cast<int>(really)));
 }
-__device__ void load(uint32_t (&to)[2], const void* from, bool really) {
-    asm volatile(
-        "{.reg .pred p;\n"
-        "setp.ne.b32 p, %3, 0;\n"
-        "mov.b32 %0, 0;\nmov.b32 %1, 0;\n"
-        "@p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
-        : "=&r"(to[0]), "=&r"(to[1]) : "l"(from), "r"(static_cast<int>(really)));
-}
-
-// 16 bytes or zeros on their way to shared memory, where the thread that asked for them finds them after `arrived`.
-__device__ void fetch(uint4* to, const void* from, bool really) {
-    const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(really ? 16 : 0)
-                 : "memory");
-}
-__device__ void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // A block's scale, and how values are divided by it: times `lift` first where it is not 1, then by `a` and `b`.
 struct Scale {
@@ -142,20 +126,10 @@ __device__ void encode(uint32_t (&word)[Lane<T>::COLS / 4], const uint32_t (&v)[
 }
 
 // Four rows' codes of column j.
-template <typename T, bool LIFTED>
-__device__ uint32_t encode_down(const uint32_t (*v)[4], int j, float a, float b, float lift) {
+template <typename T, bool LIFTED, int WORDS>
+__device__ uint32_t encode_down(const uint32_t (*v)[WORDS], int j, float a, float b, float lift) {
     auto one = [&](int i) { return quotient<T, LIFTED>(Lane<T>::value(v[i], j), a, b, lift); };
     return codes(one(0), one(1), one(2), one(3));
-}
-
-// 4 x 4 bytes transposed.
-__device__ void turn(uint32_t (&to)[4], uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    const uint32_t ab = __byte_perm(a, b, 0x5140), ab2 = __byte_perm(a, b, 0x7362);  // a0 b0 a1 b1, a2 b2 a3 b3
-    const uint32_t cd = __byte_perm(c, d, 0x5140), cd2 = __byte_perm(c, d, 0x7362);
-    to[0] = __byte_perm(ab, cd, 0x5410);
-    to[1] = __byte_perm(ab, cd, 0x7632);
-    to[2] = __byte_perm(ab2, cd2, 0x5410);
-    to[3] = __byte_perm(ab2, cd2, 0x7632);
 }
 
 // Codes j and j + 1, in fp32.
@@ -194,6 +168,13 @@ __device__ uint32_t spread_max(uint32_t (&m)[N], int lane) {
     return m[0];
 }
 
+// The larger of a magnitude and |f|; NaN stays.
+__device__ float larger(float a, float f) {
+    float out;
+    asm("{.reg .f32 t;\nabs.f32 t, %2;\nmax.NaN.f32 %0, %1, t;}" : "=f"(out) : "f"(a), "f"(f));
+    return out;
+}
+
 // The largest of a block of threads; all get it. Once a kernel.
 template <int WARPS>
 __device__ uint32_t block_max(uint32_t mine) {
@@ -204,19 +185,6 @@ __device__ uint32_t block_max(uint32_t mine) {
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) mine = max(mine, of_warp[w]);
     return mine;
-}
-
-struct Place {
-    int matrix, row, column;  // tiles
-};
-
-// Tiles in turn: `group` rows of tiles side by side before the next ones, so that what is written transposed and what
-// is read both come to lie together.
-__device__ Place place_of(unsigned tile, unsigned down, unsigned across, unsigned group) {
-    const unsigned matrix = tile / (down * across), local = tile - matrix * down * across;
-    const unsigned first = local / (group * across) * group, height = min(down - first, group);
-    const unsigned within = local - first * across;
-    return {static_cast<int>(matrix), static_cast<int>(first + within % height), static_cast<int>(within / height)};
 }
 
 }  // namespace

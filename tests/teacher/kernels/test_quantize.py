@@ -91,6 +91,23 @@ def test_a_stack_is_its_matrices(device):
             same((values[index], scale[index]), expected)
 
 
+def test_more_tiles_than_a_gpu_takes_at_once(device):
+    """In CUDA a block of threads takes several, and the last ones of a row or column are not whole."""
+    if device == "cpu" or not casts_cuda.takes(torch.zeros(16, 16, device=device), transposed=True):
+        pytest.skip("the library in CUDA is not for this machine")
+    for x in (heavy_tailed((2320, 6160), device, torch.bfloat16), heavy_tailed((2320, 3088), device)):
+        plain, turned = quantize(x, ACTIVATION_BLOCK), quantize(x.t(), ACTIVATION_BLOCK)
+        same(quantize_activations_transposed(x), turned)
+        for found, expected in zip(quantize_activations_both_ways(x), (plain, turned), strict=True):
+            same(found, expected)
+        back = dequantize(*plain, torch.float32, ACTIVATION_BLOCK)
+        same(requantize_transposed(*plain), quantize(back.t(), ACTIVATION_BLOCK))
+        plain, turned = quantize(x, WEIGHT_BLOCK), quantize(x.t(), WEIGHT_BLOCK)
+        same(quantize_weights(x, transposed=True), turned)
+        for found, expected in zip(quantize_weights_both_ways(x), (plain, turned), strict=True):
+            same(found, expected)
+
+
 def test_rows_are_gathered_and_a_view_is_read_by_its_stride(device):
     wide = heavy_tailed((40, 600), device, torch.bfloat16)
     x, source = wide[:, 100:356], torch.randint(40, (77,), dtype=torch.int32, device=device)
