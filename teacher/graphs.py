@@ -10,6 +10,7 @@ float32 asks the host for its sizes, which a graph cannot.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -258,8 +259,15 @@ def _record(work: Callable[[], Any], memory: Any) -> torch.cuda.CUDAGraph:
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory):
-        work()
+    # A collector that frees another engine's recordings meanwhile would make this one void.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=memory):
+            work()
+    finally:
+        if collecting:
+            gc.enable()
     return graph
 
 

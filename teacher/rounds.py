@@ -65,11 +65,14 @@ class _Words:
 
 
 class _Recording:
-    """What recordings have in common: what they are told, and the draft module's turns."""
+    """What recordings have in common: what they are told, and the draft module's turns.
+
+    None keeps the runner, whose they are: what refers to each other in a ring is freed by the garbage collector, at a
+    time of its own choosing, which may be in the middle of a recording.
+    """
 
     def __init__(self, runner: TorchRunner, shape: Shape) -> None:
         rows, new, drafts, pages, stops, _ = self.shape = shape
-        self.runner = runner
         self.told = _Words(
             {
                 "tokens": (rows, new), "position": (rows, new), "table": (rows, pages), "first": (rows, 1),
@@ -102,16 +105,14 @@ class _Recording:
             values_R[:rows] = values_S[rows_B]
 
     def draft(
-        self, tokens_RT: Tensor, position_RT: Tensor, hidden_RTH: Tensor, last_R: Tensor | None, later_KR: Tensor,
-        counter_R: Tensor,
+        self, runner: TorchRunner, tokens_RT: Tensor, position_RT: Tensor, hidden_RTH: Tensor, last_R: Tensor | None,
+        later_KR: Tensor, counter_R: Tensor,
     ) -> None:  # fmt: skip
         """Draw the drafts one by one into `found`, from the hidden states of some tokens and the tokens after them; of
         these `last_R` are the sequences' last, and what lies at `later_KR` comes after them."""
-        model, told = self.runner.model, self.told.there
+        model, told = runner.model, self.told.there
         for number, drawn_2R in enumerate(self.found.there["drafted"][: self.shape.drafts]):
-            out_RTH = TorchRunner.extend_draft(
-                self.runner, tokens_RT, position_RT, told["table"], hidden_RTH, told["first"]
-            )
+            out_RTH = TorchRunner.extend_draft(runner, tokens_RT, position_RT, told["table"], hidden_RTH, told["first"])
             out_RH = out_RTH.flatten(0, 1)
             if number == 0 and last_R is not None:
                 out_RH = out_RH.index_select(0, last_R)
@@ -142,7 +143,7 @@ class Round(_Recording):
             if shape.drafts:
                 decide(*given)
                 drawn_RT = found["drawn"][0].view(shape.rows, shape.new)
-                self.draft(drawn_RT, room.place_RT, hidden_RTH, room.last_R, room.later_KR, room.counter_R)
+                self.draft(runner, drawn_RT, room.place_RT, hidden_RTH, room.last_R, room.later_KR, room.counter_R)
 
         self._recorded = record(work, memory)
 
@@ -175,7 +176,7 @@ class Drafts(_Recording):
         head, told = runner.model.lm_head.weight, self.told.there
         self._hidden_RH = torch.zeros(shape.rows, head.shape[1], dtype=head.dtype, device=runner.device)
         given = told["tokens"], told["position"], self._hidden_RH.unsqueeze(1), None, told["later"], told["counter"]
-        self._recorded = record(lambda: self.draft(*given), memory)
+        self._recorded = record(lambda: self.draft(runner, *given), memory)
 
     def replay(self, slots: Slots, rows_B: np.ndarray, hidden_BH: Tensor) -> np.ndarray:
         """The drafts (B, K) behind each sequence's newest token, whose cached tokens end with the hidden state."""

@@ -1,5 +1,7 @@
 """A round in one recording brings the tokens of plain decoding, with a stand-in for CUDA graphs that runs the work."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 import torch
 
 from teacher import load_model
+from teacher.cache import LatentCache
 from teacher.engine import Engine
 from teacher.graphs import GraphRunner
 from teacher.requests import Request
-from teacher.runner import TorchRunner
+from teacher.runner import Batch, TorchRunner
+from teacher.slots import Slots
 from tests.teacher.random_configs import randomize
 from tests.tiny import deepseek_config
 
@@ -121,6 +125,31 @@ def test_a_round_whose_draws_are_not_sure_goes_step_by_step(model, rounds, by_to
     rounds.clear()
     assert answers(model, GraphRunner, asked, monkeypatch, speculate=0)[0] == plain
     assert all(kept_B is not None for kept_B in rounds)  # only the draw is done again
+
+
+def test_a_runner_that_is_let_go_is_freed_at_once(model, by_torch, monkeypatch):
+    """Not by the garbage collector, which may come while another engine records, and make that void."""
+
+    def record(work, memory):  # unlike the stand-in, a recording does not keep the work
+        work()
+        return SimpleNamespace(replay=lambda: None)
+
+    monkeypatch.setattr("teacher.graphs._record", record)
+    runner = GraphRunner(model, LatentCache(model.config, 4, 8, 16, torch.float32, torch.device("cpu")))
+    slots, rows_B = Slots(2, 60, 16, 2), np.array([1])
+    slots.enter(1, Request("a", [3, 4], top_k=40), [3, 4], 60, [])
+    slots.cached_S[1] = 1
+    batch = Batch(np.array([3], dtype=np.int32), np.array([0]), rows_B, np.array([1]), slots.table_SP)
+    hidden_NH = runner.forward(batch, np.array([0]))[1]
+    assert runner.round(slots, rows_B, 2) is None and runner.drafts(hidden_NH, slots, rows_B, 2).shape == (1, 2)
+    assert runner._rounds and runner._drafts and runner._graphs
+    freed = weakref.ref(runner)
+    gc.disable()
+    try:
+        del runner
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_cancelled_and_streamed_in_the_middle_of_a_round(model, rounds, by_torch, monkeypatch):
