@@ -1,5 +1,5 @@
 # make demo        environment in .venv, then the whole pipeline on this machine's CPU; says where the report is
-# make test        the same environment with the test tools; the whole suite
+# make test        the same environment with the test tools; the whole suite, in WORKERS=2 processes
 # make check       ruff and mypy
 # make demo-short  the demo's recipe with fewer problems, samples and steps, for CI
 # make vllm        vLLM's CPU build in an environment of its own, .vllm (3.5 GB): teacher.kind vllm, `distill teacher
@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .PHONY: demo demo-short test check vllm clean
@@ -22,7 +23,7 @@ demo-short: $(VENV)/.installed
 		evals.problems.count=42 evals.samples=2 evals.bootstrap=500
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -125,10 +125,14 @@ class Command:
     def __init__(self, pid: int, job: Row) -> None:
         self.pid, self._job = pid, job
 
+    @property
+    def ended(self) -> bool:
+        return os.path.exists(self._job["done"])
+
     def wait(self, limit: float = 60.0) -> int:
         """Its exit status; negative: the signal that ended it."""
         end = time.monotonic() + limit
-        while not os.path.exists(self._job["done"]):
+        while not self.ended:
             if time.monotonic() > end:
                 said = self.said()
                 self.kill()
@@ -137,7 +141,7 @@ class Command:
         return int(Path(self._job["done"]).read_text())
 
     def signal(self, number: int) -> None:
-        if not os.path.exists(self._job["done"]):  # then the id may be another process's by now
+        if not self.ended:  # then the id may be another process's by now
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 

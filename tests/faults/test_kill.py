@@ -11,6 +11,7 @@ import random
 import re
 import time
 from contextlib import suppress
+from functools import partial
 
 import psutil
 import pytest
@@ -27,8 +28,12 @@ QUICK = [
 ]
 
 
+def moved_or_ended(run, command, before):
+    return command.ended or (run.traces.exists() and run.traces.read_bytes().count(b"\n") > before.count(b"\n"))
+
+
 def kill_again_and_again(zygote, kills, lifetime, server, run, seed=0):
-    """Start and kill; returns how many of the kills came after new samples."""
+    """Start and kill; returns how many of the kills came after new samples. Every other one waits for the first."""
     pause = random.Random(seed)
     before = b""
     recorded = set()
@@ -37,6 +42,8 @@ def kill_again_and_again(zygote, kills, lifetime, server, run, seed=0):
         log_size = server.log.stat().st_size if server.log.exists() else 0
         command = zygote.start(run.argv())
         time.sleep(pause.uniform(0, lifetime))
+        if number % 2:  # a busy machine may need longer than any pause
+            until(partial(moved_or_ended, run, command, before))
         status = command.kill()
         if status == 2 and "another process" in command.said():
             refused += 1  # a child of the killed process that was yet to become git held the lock a moment longer
