@@ -53,7 +53,11 @@ def fused_obstacle(model: DeepseekV3) -> str | None:
 
 
 # Tokens whose experts are computed pair by pair (see expert_pairs).
-MOST_PAIRED = 1
+MOST_PAIRED = 2
+# More tokens are too if the experts that they visit have no more bytes than this, each counted anew.
+MOST_PAIRED_BYTES = 16 * 2**20
+# Experts of a layer, gate and up, beside which the shared one is put: what is put together is there twice for a while.
+MOST_STACKED_BYTES = 256 * 2**20
 
 
 class Matrix:
@@ -95,7 +99,13 @@ class Matrix:
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """Rows of all parts, one under the other: a view of them where they lie so already."""
+    first, ends = parts[0], [part.data_ptr() + part.nbytes for part in parts]
+    beside = all(part.data_ptr() == end for part, end in zip(parts[1:], ends, strict=False))
+    same = all(part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for part in parts)
+    if beside and same and all(part.is_contiguous() for part in parts):
+        return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    return torch.cat(parts)
 
 
 @dataclass
@@ -121,6 +131,7 @@ class FusedLayer:
         self.up_k_HNR, self.up_v_HVR = attention._up()
         self.moe = layer.mlp if isinstance(layer.mlp, MoE) else None
         mlp = layer.mlp if self.moe is None else self.moe.shared_experts
+        self.stacks = None if self.moe is None else _stacks(self.moe)
         self.mlp = None if mlp is None else FusedMLP(mlp)  # type: ignore[arg-type]
 
     def extend(
@@ -135,7 +146,7 @@ class FusedLayer:
         parts_SNH = self._attend(normed.in_fp8 or normed.normed_NH, step, view)
         norm = self.layer.post_attention_layernorm
         experts = None if self.moe is None else self.moe.experts
-        pairs = experts is not None and len(x_NH) <= MOST_PAIRED
+        pairs = self._paired(len(x_NH))
         in_fp8 = (pairs and isinstance(experts, QuantizedExperts)) or (
             self.mlp is not None and self.mlp.gate_up.fp8 is not None
         )
@@ -149,11 +160,12 @@ class FusedLayer:
             out_SNH = experts.pairs(normed.in_fp8, routing)
         elif pairs:
             assert isinstance(experts, Experts)
-            stacks = experts.gate_up_proj, experts.down_proj
-            out_SNH = expert_pairs(normed.normed_NH, routing.indices_NK, routing.weights_NK, *stacks)
+            stacks = self.stacks or (experts.gate_up_proj, experts.down_proj)
+            shared = len(stacks[0]) - self.config.n_routed_experts
+            out_SNH = expert_pairs(normed.normed_NH, routing.indices_NK, routing.weights_NK, *stacks, shared)
         else:
             out_SNH = self.moe.experts(normed.normed_NH, routing).unsqueeze(0)
-        if self.mlp is None:
+        if self.mlp is None or (pairs and self.stacks):
             return normed.sum_NH, out_SNH
         shared_SNH = self.mlp((self.mlp.gate_up.fp8 and normed.in_fp8) or normed.normed_NH)
         return normed.sum_NH, torch.cat((out_SNH.float(), shared_SNH.float()))
@@ -187,6 +199,14 @@ class FusedLayer:
         tiles = self.out.fp8 is not None and config.v_head_dim == 128
         return self.out.product(values(attended_BTHR.flatten(0, 1), self.up_v_HVR, tiles))
 
+    def _paired(self, tokens: int) -> bool:
+        """Whether experts go pair by pair: very few tokens do, and more of small experts, which lie in the L2."""
+        if self.moe is None:
+            return False
+        experts, pairs = self.moe.experts, tokens * self.config.num_experts_per_tok
+        each = experts.gate_up_proj[0].nbytes + experts.down_proj[0].nbytes
+        return tokens <= MOST_PAIRED or pairs * each <= MOST_PAIRED_BYTES
+
     def _route(self, x_NH: Tensor) -> Routing:
         from teacher.kernels.router import choose
         from teacher.kernels.row_product import MOST_ROWS, row_product
@@ -198,6 +218,28 @@ class FusedLayer:
         logits_SNE = row_product(x_NH, gate.weight)
         indices_NK, weights_NK = choose(logits_SNE, gate.e_score_correction_bias, self.config)
         return Routing(indices_NK, weights_NK, weights_NK)
+
+
+def _stacks(moe: MoE) -> tuple[Tensor, Tensor] | None:
+    """Small experts in bf16, and after them the shared one as wide as they are, put side by side in memory: gate and
+    up, and down. So it rides in the launches of those that go pair by pair."""
+    experts, shared = moe.experts, moe.shared_experts
+    if not isinstance(experts, Experts) or shared is None or shared.down_proj.in_features != experts.down_proj.shape[2]:
+        return None
+    if experts.gate_up_proj.nbytes > MOST_STACKED_BYTES:
+        return None
+    found = []
+    for stack, *linears in (
+        (experts.gate_up_proj, shared.gate_proj, shared.up_proj), (experts.down_proj, shared.down_proj)
+    ):  # fmt: skip
+        weights = [linear.weight for linear in linears]
+        joint = _join([stack.data.flatten(0, 1), *(weight.data for weight in weights)])
+        for weight, part in zip(
+            (stack, *weights), joint.split([len(stack) * stack.shape[1], *map(len, weights)]), strict=True
+        ):
+            weight.data = part.view(weight.shape)
+        found.append(joint.view(len(stack) + 1, *stack.shape[1:]))
+    return found[0], found[1]
 
 
 class FusedMLP:
@@ -241,25 +283,32 @@ class FusedModel:
     @torch.inference_mode()
     def draft(self, hidden_BTH: Tensor, next_ids_BT: Tensor, position_BT: Tensor, view: PagedView) -> Tensor:
         """`DeepseekV3.draft`."""
-        joined_BTH = self.model.mtp_layers[0].join(hidden_BTH, self.model.model.embed_tokens(next_ids_BT))
+        from teacher.kernels.mtp_join import mtp_join
+
+        module, embedding_VH = self.model.mtp_layers[0], self.model.model.embed_tokens.weight
+        hidden_NH = hidden_BTH.flatten(0, 1).contiguous()
+        both_NX = mtp_join(next_ids_BT.flatten(), embedding_VH, hidden_NH, module.enorm, module.hnorm)
+        joined_BTH = module.eh_proj(both_NX).unflatten(0, next_ids_BT.shape)
         return self._run(joined_BTH, position_BT, self.layers[-1:], [view], None)
 
     def _run(
         self, x_BTH: Tensor, position_BT: Tensor, layers: Sequence[FusedLayer], views: Sequence[PagedView],
         norm: RMSNorm | None,
     ) -> Tensor:  # fmt: skip
+        from teacher.kernels.places import angles
         from teacher.kernels.rms_norm import add_rms_norm
 
         position_N, device = position_BT.flatten(), x_BTH.device
-        cos_ND, sin_ND = self.model.cos_TD[position_N], self.model.sin_TD[position_N]
+        cos_ND, sin_ND = angles(position_N, self.model.cos_TD, self.model.sin_TD)
         step = Step(cos_ND, sin_ND, len(x_BTH), row_numbers(len(position_N), device))
         x_NH: Tensor = x_BTH.flatten(0, 1)
         parts_SNH: Tensor | None = None
         for layer, view in zip(layers, views, strict=True):
             x_NH, parts_SNH = layer.extend(x_NH, parts_SNH, step, view)
         assert parts_SNH is not None
-        if norm is None:
-            out_NH = (x_NH.float() + parts_SNH.float().sum(0)).to(x_NH.dtype)
+        if norm is None:  # of the norm that follows, the sum that it makes first
+            norm = self.model.mtp_layers[0].shared_head.norm
+            out_NH = add_rms_norm(x_NH, parts_SNH, norm.weight, norm.eps).sum_NH
         else:
             out_NH = add_rms_norm(x_NH, parts_SNH, norm.weight, norm.eps).normed_NH
         return out_NH.view_as(x_BTH)
