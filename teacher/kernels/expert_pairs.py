@@ -4,14 +4,17 @@ For one token the five launches of `expert_layer` cost a fifth of its time. Here
 SwiGLU for 128 hidden values of one pair, and rounds them to FP8, a tile; the second does 64 outputs of a token over a
 few of its pairs, weighted, and leaves them as parts (see row_product) for the norm that follows. Hidden states come in
 FP8 from the norm before. Weights may be in bf16 too, and then everything is, without scales. What several tokens have
-in common (the shared expert) is read by each: from two tokens on sorting is faster, measured (docs/r1-layer.md).
+in common (the shared expert) is read by each, the second time from the L2: from three tokens on sorting is faster,
+measured (docs/r1-layer.md).
 
-Floor for one token of R1's: 396 MB of weights, 92 us at 4.3 TB/s.
+Floor for one token of R1's: 396 MB of weights, 92 us at 4.3 TB/s; for two 748 MB, 174 us.
 
 Shapes: N tokens, K pairs a token (routed and shared), M = N K pairs, H hidden, I inner, E experts, S parts.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -78,19 +81,23 @@ def _gate_up_kernel(
 @triton.jit(do_not_specialize=["h_scale_stride", "N", "each"])
 def _down_kernel(
     h_rows, w_rows, h_scales, h_scale_stride, w_scales, indices, weights, out, N, K, experts, H, inner, each,
-    SHARED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, QUANTISED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    SHARED: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    QUANTISED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     column, part, token = tl.program_id(0) * COLUMNS, tl.program_id(1), tl.program_id(2)
     steps = tl.cdiv(inner, STEP)
     first = part * each
     slots = tl.minimum(each, K - first)
     total = tl.zeros([COLUMNS, ROWS], tl.float32)
+    # Read before the loop: a load of the loop's that another one waits for would halve the stages.
+    at_S = tl.arange(0, SLOTS)
+    expert_S = _expert_of(indices, token, at_S, K, experts, SHARED)
+    weight_S = tl.load(weights + token * (K - SHARED) + at_S, mask=at_S < K - SHARED, other=1.0)
     for index in tl.range(0, slots * steps):
         slot, k = first + index // steps, index % steps
         pair = token * K + slot
-        expert = _expert_of(indices, token, slot, K, experts, SHARED)
-        weight = tl.load(weights + token * (K - SHARED) + slot, mask=slot < K - SHARED, other=1.0)
+        mine_S = at_S == slot
+        expert, weight = tl.sum(tl.where(mine_S, expert_S, 0), axis=0), tl.sum(tl.where(mine_S, weight_S, 0.0), axis=0)
         h = h_rows.load([pair, k * STEP])
         w = w_rows.load([expert * H + column, k * STEP])
         if QUANTISED:
@@ -105,6 +112,24 @@ def _down_kernel(
     total_C = tl.sum(tl.where(own, total, 0.0), axis=1)
     column_C = column + tl.arange(0, COLUMNS)
     tl.store(out + (part * N + token).to(tl.int64) * H + column_C, total_C, mask=column_C < H)
+
+
+class Cut(NamedTuple):
+    """How the two launches are cut up."""
+
+    gate_stages: int
+    share: int  # pairs a part of the second
+    down_stages: int
+
+
+def cut(tokens: int, k: int, blocks: int, tiles: int, processors: int) -> Cut:
+    """For `blocks` of hidden values and `tiles` of outputs: programs all of which fit the chip at one time, since a
+    second round of a few takes as long as the first; stages as many as shared memory then holds (227 KB: 34 a stage of
+    the first kernel, 10 of the second)."""
+    parts = min(k, -(-2 * processors // max(1, tiles * tokens)))
+    share = -(-k // parts)
+    programs = tiles * tokens * -(-k // share)
+    return Cut(3 if blocks * tokens * k <= 2 * processors else 2, share, 6 if programs <= 3 * processors else 4)
 
 
 def expert_pairs(
@@ -139,7 +164,8 @@ def expert_pairs(
             if each.dtype != torch.float32 or list(each.shape) != shape:
                 raise ValueError(f"{name}.scales is {each.dtype} of {list(each.shape)}; taken: float32 of {shape}")
     pairs, device, step, tiles = tokens * k, x_NH.device, 128 if quantised else 64, -(-hidden // 64)
-    share = share or max(1, k * tiles * tokens // (2 * multiprocessors(device)))  # two programs or more on each SM
+    chosen = cut(tokens, k, i, tiles, multiprocessors(device))
+    share = share or chosen.share
     parts_SNH = torch.empty(-(-k // share), tokens, hidden, dtype=torch.float32, device=device)
     if not pairs:
         return parts_SNH
@@ -149,15 +175,15 @@ def expert_pairs(
     _gate_up_kernel[(i, pairs)](
         TensorDescriptor.from_tensor(x_NH, [_ROWS, step]),
         TensorDescriptor.from_tensor(gate_up_E2IH.view(-1, hidden), [128, step]),
-        scales[0], scales[0].stride(1), scales[1], indices_NK, codes, h_scales, h_scales.stride(1), k, experts, hidden,
-        inner, SHARED=int(shared), ROWS=_ROWS, STEP=step, QUANTISED=quantised, INTERPRETED=INTERPRETED, num_warps=4,
-        num_stages=3,
+        scales[0], scales[0].stride(1), scales[1], indices_NK, codes, h_scales, h_scales.stride(1), k,
+        experts, hidden, inner, SHARED=int(shared), ROWS=_ROWS, STEP=step, QUANTISED=quantised,
+        INTERPRETED=INTERPRETED, num_warps=4, num_stages=chosen.gate_stages,
     )  # fmt: skip
     _down_kernel[(tiles, len(parts_SNH), tokens)](
         TensorDescriptor.from_tensor(codes, [_ROWS, step]),
         TensorDescriptor.from_tensor(down_EHI.view(-1, inner), [64, step]),
         h_scales, h_scales.stride(1), scales[2], indices_NK, weights_NK, parts_SNH, tokens, k, experts, hidden, inner,
-        share, SHARED=int(shared), ROWS=_ROWS, COLUMNS=64, STEP=step, QUANTISED=quantised, INTERPRETED=INTERPRETED,
-        num_warps=4, num_stages=6,
+        share, SHARED=int(shared), SLOTS=triton.next_power_of_2(k), ROWS=_ROWS, COLUMNS=64, STEP=step,
+        QUANTISED=quantised, INTERPRETED=INTERPRETED, num_warps=4, num_stages=chosen.down_stages,
     )  # fmt: skip
     return parts_SNH

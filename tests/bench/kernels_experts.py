@@ -12,7 +12,9 @@ import torch
 
 from teacher.experts import grouped_experts
 from teacher.fp8 import ACTIVATION_BLOCK, FP8, WEIGHT_BLOCK, dequantize, quantize
+from teacher.fused import MOST_PAIRED
 from teacher.kernels.expert_layer import expert_layer
+from teacher.kernels.expert_pairs import expert_pairs
 from teacher.kernels.grouped_gemm import (
     grouped_gemm,
     grouped_gemm_reference,
@@ -84,6 +86,14 @@ def checks(bench: Bench) -> Iterator[Check]:
         # One token alone has so few of them that chance may decide: 32 calls together say whether it did.
         name = f"expert layer, {tokens} tokens" + (f", {calls} calls" if calls > 1 else "")
         yield Check(name, relative(found, expected.bfloat16()), 5e-3)
+        if tokens <= MOST_PAIRED:
+            found = torch.cat(
+                [
+                    expert_pairs(Fp8(*quantize_activations(a)), b, c, gate_up, down, shared=1).sum(0)
+                    for a, b, c in zip(x.split(tokens), indices.split(tokens), weights.split(tokens), strict=True)
+                ]
+            )
+            yield Check(name.replace("expert layer", "experts pair by pair"), relative(found, expected), 5e-3)
 
 
 def _products(counts: list[int], starts: list[int] | None) -> Iterator[Check]:
@@ -181,7 +191,15 @@ def rows_of_layer(bench: Bench) -> Iterator[Row]:
                 for each in sets
             ]
             shape = f"{tokens} tokens{' + shared expert' if shared else ''}"
-            yield bench.measure(kernel, shape, "ours", flops, moved, runs)
+            if tokens <= MOST_PAIRED:  # as a step's layer runs them: from FP8 of the norm before to parts for the next
+                eights = [(Fp8(*quantize_activations(x)), *route) for x, *route in sets]
+                pairs = [
+                    lambda each=each, weights=weights, shared=shared: expert_pairs(*each, *weights, shared=int(shared))  # type: ignore[misc]
+                    for each in eights
+                ]
+                yield bench.measure(kernel, shape, "ours", flops, moved, pairs)
+            sorted_by = "ours, sorted" if tokens <= MOST_PAIRED else "ours"
+            yield bench.measure(kernel, shape, sorted_by, flops, moved, runs)
         flops, moved = 6 * tokens * TOP_K * HIDDEN * INNER, reached * EXPERT_BYTES + 4 * tokens * HIDDEN
         for name, run in layer(*sets[0], *routed):
             yield bench.measure(kernel, f"{tokens} tokens", name, flops, moved, [run])

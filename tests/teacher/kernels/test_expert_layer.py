@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from teacher.experts import Experts, reference_experts
 from teacher.kernels.expert_layer import expert_layer
-from teacher.kernels.expert_pairs import expert_pairs
+from teacher.kernels.expert_pairs import Cut, cut, expert_pairs
 from teacher.kernels.expert_rows import combine, combine_reference, expert_rows, expert_rows_reference
 from teacher.kernels.operands import Fp8
 from teacher.kernels.quantize import quantize_activations
@@ -149,6 +149,17 @@ def test_pairs_in_bf16(tokens, shared, device):
     indices, weights = torch.cat([indices, last], 1), torch.cat([weights, weights.new_ones(tokens, shared)], 1)
     expected = reference_experts(x.float(), indices, weights, gate_up.float(), down.float())
     assert relative(found.sum(0), expected) < 3e-3
+
+
+def test_pairs_are_cut_so_that_all_programs_fit_at_one_time():
+    """R1's sizes on 132 multiprocessors: 227 KB of shared memory hold 34 of a stage of gate and up, 10 of down."""
+    assert cut(1, 9, 16, 112, 132) == Cut(3, 3, 6) and cut(1, 8, 16, 112, 132) == Cut(3, 3, 6)
+    assert cut(2, 9, 16, 112, 132) == Cut(2, 5, 4) and cut(2, 8, 16, 112, 132) == Cut(3, 4, 4)
+    for tokens, k in ((1, 8), (1, 9), (2, 8), (2, 9)):
+        found = cut(tokens, k, 16, 112, 132)
+        assert 16 * tokens * k <= 132 * (227 // (34 * found.gate_stages))
+        assert 112 * tokens * -(-k // found.share) <= 132 * (227 // (10 * found.down_stages))
+    assert cut(3, 2, 1, 3, 132) == Cut(3, 1, 6)
 
 
 def test_pairs_refuse_what_does_not_fit(device):

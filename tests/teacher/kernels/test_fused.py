@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from teacher import load_model
 from teacher.cache import LatentCache
 from teacher.fused import FusedModel, fused_obstacle
+from teacher.kernels.expert_pairs import expert_pairs
 from teacher.quantized_experts import quantize_experts
 from teacher.quantized_linear import QuantizedLinear, quantize_linears
 from teacher.runner import TorchRunner
@@ -40,22 +41,22 @@ def in_fp8(model, weights):
 
 
 @torch.inference_mode()
-def steps(model, kernels, cache_dtype, device):
-    """Hidden states of the main model and of its draft over steps of one and two tokens of three sequences."""
-    cache = LatentCache(model.config, model.config.num_hidden_layers + 1, 13, 4, cache_dtype, device)
+def steps(model, kernels, cache_dtype, device, rows=3):
+    """Hidden states of the main model and of its draft over steps of one and two tokens of `rows` sequences."""
+    cache = LatentCache(model.config, model.config.num_hidden_layers + 1, 1 + 4 * rows, 4, cache_dtype, device)
     runner, found = TorchRunner(model, cache, kernels), []
     generator = torch.Generator().manual_seed(1)
-    table_BP = torch.arange(1, 13, dtype=torch.int32).view(3, 4).to(device)
-    at = torch.tensor([0, 0, 0])
+    table_BP = torch.arange(1, 1 + 4 * rows, dtype=torch.int32).view(rows, 4).to(device)
+    at = torch.zeros(rows, dtype=torch.int64)
     for new in (2, 1, 2, 1) if device == "cuda" else (2, 1):  # interpreted, each takes seconds
         position_BT = at.unsqueeze(1) + torch.arange(new)
         at += new
-        if new == 2:
+        if new == 2 and rows > 1:
             position_BT[1, 1] = -1  # padding, which goes to the page of nobody
             at[1] -= 1
         tokens_BT = torch.randint(0, 250, position_BT.shape, generator=generator).to(device)
         hidden_BTH = runner.extend(tokens_BT, position_BT.to(device), table_BP)
-        first_B1 = torch.zeros(3, 1, dtype=torch.int64, device=device)
+        first_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         drafted_BTH = runner.extend_draft(tokens_BT, position_BT.to(device), table_BP, hidden_BTH, first_B1)
         real = (position_BT >= 0).to(device)
         found += [hidden_BTH[real].float(), drafted_BTH[real].float()]
@@ -82,6 +83,18 @@ def test_fused_steps_are_the_models(fields, device, plainly):
     runner, fused = steps(model, True, torch.bfloat16, device)
     assert "fused steps" in runner.name
     for found, expected in zip(fused, plainly(model, True, torch.bfloat16, device), strict=True):
+        assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_one_sequences_experts_are_computed_pair_by_pair(device, plainly, monkeypatch):
+    """One token and two; bf16's experts by pairs too."""
+    model, counted = model_of(device, "model"), []
+    pairs = "teacher.kernels.expert_pairs.expert_pairs"
+    with monkeypatch.context() as patched:
+        patched.setattr(pairs, lambda x, *rest: counted.append(len(x)) or expert_pairs(x, *rest))
+        _, fused = steps(model, True, torch.bfloat16, device, 1)
+    assert set(counted) == {1, 2}
+    for found, expected in zip(fused, plainly(model, True, torch.bfloat16, device, 1), strict=True):
         assert (found - expected).norm() < 0.03 * expected.norm()
 
 
