@@ -92,7 +92,7 @@ def test_a_stack_is_its_matrices(device):
 
 
 def test_more_tiles_than_a_gpu_takes_at_once(device):
-    """In CUDA a block of threads takes several, and the last ones of a row or column are not whole."""
+    """Tiles whole and not, in every place that the order of tiles gives them."""
     if device == "cpu" or not casts_cuda.takes(torch.zeros(16, 16, device=device), transposed=True):
         pytest.skip("the library in CUDA is not for this machine")
     for x in (heavy_tailed((2320, 6160), device, torch.bfloat16), heavy_tailed((2320, 3088), device)):
