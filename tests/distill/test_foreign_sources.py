@@ -98,7 +98,11 @@ def test_mistakes_are_told_with_their_place(tmp_path, row, wanted, message):
         ("no.jsonl", None, r"no\.jsonl: no such file \(traces\.0\.source\)"),
         ("data.csv", b"a,b", r"data\.csv: expected the name to end in \.jsonl"),
         ("data.parquet", b"PAR?", r"data\.parquet: not a Parquet file"),
-        ("data.jsonl.gz", gzip.compress(json.dumps(ROWS["s1"]).encode() * 99, mtime=0)[:-30], r"not a whole gzip file after"),
+        (
+            "data.jsonl.gz",
+            gzip.compress(json.dumps(ROWS["s1"]).encode() * 99, mtime=0)[:-30],
+            r"not a whole gzip file after",
+        ),
         ("data.jsonl", b"", r"data\.jsonl: holds no rows \(traces\.0: no row gave a trace\)"),
     ],
 )

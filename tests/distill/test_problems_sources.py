@@ -123,7 +123,11 @@ def test_unusable_rows_are_named_by_file_line_and_field(tmp_path, rows, fields, 
         ("p.txt", b"x", r"p\.txt: expected the name to end in \.jsonl"),
         ("p.parquet", b"not parquet", r"p\.parquet: not a Parquet file"),
         ("p.jsonl.gz", b"not gzip", r"p\.jsonl\.gz: not a whole gzip file"),
-        ("p.jsonl.gz", gzip.compress(b'{"problem": "a", "answer": "1"}\n' * 99, mtime=0)[:-12], "not a whole gzip file"),
+        (
+            "p.jsonl.gz",
+            gzip.compress(b'{"problem": "a", "answer": "1"}\n' * 99, mtime=0)[:-12],
+            "not a whole gzip file",
+        ),
         ("p.jsonl", b'{"problem": "\xff\xfe", "answer": "1"}\n', r"p\.jsonl:1: the line is not UTF-8"),
     ],
 )
