@@ -18,6 +18,11 @@ from tests.tiny import deepseek_config
 
 # A layer takes seconds under the interpreter.
 SHARED = [0, 1, 2] if torch.cuda.is_available() else [0, 2]
+# Where a hidden value lies between two codes of e4m3, the last bits of the first product choose: a step of 6%. The
+# tensor cores' sums differ by 1.2e-4, and the few hundred values of one call are few enough for chance: of 300 calls of
+# one token on an H200 (this test's sizes, shared 2) one in ten was beyond 5e-3, the mean 1.9e-3, sorted and by pairs
+# alike. So there many calls together are held to the bound. Interpreted, sums differ by less than 1e-6.
+CALLS = 16 if torch.cuda.is_available() else 1
 
 
 def routing(tokens, experts, k, device, busy=None):
@@ -60,12 +65,14 @@ def layer(experts, hidden, inner, device):
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 4, 2), (70, 3, 1)])
 def test_the_layer_is_its_definition_and_near_the_truth(tokens, experts, k, shared, device):
     gate_up, down, gate_up8, down8 = layer(experts, 272, 144, device)
-    x = torch.randn(tokens, 272, device=device)
-    indices, weights = routing(tokens, experts - shared, k, device)
-    found = expert_layer(x, indices, weights, gate_up8, down8, shared)
-    expected = expert_layer_reference(x, indices, weights, gate_up8, down8, shared)
-    # Where a hidden value lies between two codes of e4m3, the last bits of the first product choose: a step of 6%.
-    assert relative(found, expected) < 5e-3
+    results = []
+    for _ in range(CALLS):
+        x = torch.randn(tokens, 272, device=device)
+        indices, weights = routing(tokens, experts - shared, k, device)
+        found = expert_layer(x, indices, weights, gate_up8, down8, shared)
+        expected = expert_layer_reference(x, indices, weights, gate_up8, down8, shared)
+        results.append((found, expected))
+    assert relative(*map(torch.cat, zip(*results, strict=True))) < 5e-3
     assert torch.equal(found, expert_layer(x, indices, weights, gate_up8, down8, shared))
     if shared:
         last = torch.arange(experts - shared, experts, device=device).expand(tokens, -1)
@@ -97,12 +104,12 @@ def test_kernels_and_definition_agree_in_the_module(device, monkeypatch):
     torch.nn.init.normal_(own.down_proj, std=0.1)
     quantised = QuantizedExperts.of(own)
     indices, weights = routing(5, own.down_proj.shape[0], 2, device)
-    x, route = torch.randn(5, 64, device=device), Routing(indices, weights, weights)
-    assert chosen_path(x.device) == "kernels"
-    by_kernels = quantised(x, route)
+    inputs, route = torch.randn(CALLS, 5, 64, device=device).unbind(), Routing(indices, weights, weights)
+    assert chosen_path(indices.device) == "kernels"
+    by_kernels = torch.cat([quantised(x, route) for x in inputs])
     monkeypatch.setattr("teacher.quantized_experts.chosen_path", lambda device: "reference")
-    assert relative(by_kernels, quantised(x, route)) < 5e-3
-    assert relative(by_kernels, own(x, route).detach()) < 0.1
+    assert relative(by_kernels, torch.cat([quantised(x, route) for x in inputs])) < 5e-3
+    assert relative(by_kernels, torch.cat([own(x, route).detach() for x in inputs])) < 0.1
 
 
 def test_what_is_not_taken_is_named(device):
@@ -126,14 +133,17 @@ def test_what_is_not_taken_is_named(device):
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 6, 3), (3, 5, 2)])
 def test_pairs_are_the_layer(tokens, experts, k, shared, device):
     _, _, gate_up8, down8 = layer(experts, 272, 144, device)
-    x = torch.randn(tokens, 272, device=device)
-    indices, weights = routing(tokens, experts - shared, k, device)
-    x8 = Fp8(*quantize_activations(x))
-    found = expert_pairs(x8, indices, weights, gate_up8, down8, shared)
-    assert found.dtype == torch.float32 and found.shape[1:] == (tokens, 272)
-    expected = expert_layer_reference(x, indices, weights, gate_up8, down8, shared)
-    assert relative(found.sum(0), expected) < 5e-3
-    assert relative(found.sum(0), expert_layer(x, indices, weights, gate_up8, down8, shared)) < 5e-3
+    results = []
+    for _ in range(CALLS):
+        x = torch.randn(tokens, 272, device=device)
+        indices, weights = routing(tokens, experts - shared, k, device)
+        x8 = Fp8(*quantize_activations(x))
+        found = expert_pairs(x8, indices, weights, gate_up8, down8, shared)
+        assert found.dtype == torch.float32 and found.shape[1:] == (tokens, 272)
+        arguments = x, indices, weights, gate_up8, down8, shared
+        results.append((found.sum(0), expert_layer_reference(*arguments), expert_layer(*arguments)))
+    by_pairs, expected, by_sorting = map(torch.cat, zip(*results, strict=True))
+    assert relative(by_pairs, expected) < 5e-3 and relative(by_pairs, by_sorting) < 5e-3
     assert torch.equal(found, expert_pairs(x8, indices, weights, gate_up8, down8, shared))
     in_parts = expert_pairs(x8, indices, weights, gate_up8, down8, shared, share=2)
     assert len(in_parts) == -(-(k + shared) // 2) and relative(in_parts.sum(0), found.sum(0)) < 1e-5
