@@ -71,11 +71,17 @@ class Rehearsal:
         return self.process.wait(20)
 
     def nothing_left(self):
-        """No process of the rehearsal and no node's Ray, within a second: what is killed need not be dead at once."""
+        """No process of the rehearsal and no node's Ray, within a second: what is killed need not be dead at once.
+
+        Dead ones whose parent died before them do not count: they go when process 1 asks for them, be it seconds later.
+        """
         end = time.monotonic() + 1
         while time.monotonic() < end:
-            running = subprocess.run(["pgrep", "-g", str(self.process.pid)], capture_output=True).stdout
-            if not running and not list(self.state.glob("ray-*")):
+            listed = subprocess.run(
+                ["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True
+            ).stdout
+            states = [state for group, state in map(str.split, listed.splitlines()) if int(group) == self.process.pid]
+            if all(state.startswith("Z") for state in states) and not list(self.state.glob("ray-*")):
                 return True
             time.sleep(0.02)
         return False
