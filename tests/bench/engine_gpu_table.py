@@ -36,8 +36,8 @@ def main() -> None:
     print("|---" * (len(counts) + 1) + "|")
     for name, told_by in lines.items():
         print(f"| {name} | " + " | ".join(told_by.get(count, "") for count in counts) + " |")
-    left = sum("left_out" in row for row in found["rows"])
-    print(f"\nLeft out for time: {left} rows.")
+    if left := sum("left_out" in row for row in found["rows"]):
+        print(f"\nLeft out for time: {left} rows.")
 
 
 if __name__ == "__main__":
